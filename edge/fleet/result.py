@@ -1,0 +1,121 @@
+"""What happened to each inference: one row of one array, written as the run goes.
+
+A shard allocates a row for every inference it owes before the run starts. A row that is never
+touched keeps the status UNSENT, so an inference that was never sent is counted and not forgotten.
+A million inferences are 70 MB of one array, not a million objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.fleet.pacing import Schedule
+
+# Codes below 100 are the device's own; from 100 on they are the HTTP status of the answer.
+UNSENT = 0  # due, but no byte left the device before the deadline
+TIMEOUT = 1  # sent; no answer before the deadline
+CONNECTION = 2  # the connection was lost, and the retry budget was spent
+ANSWER = 3  # answered, but not what was asked: wrong shape, not finite, unreadable
+WRONG = 4  # answered and well formed, but not the values computed locally
+STOPPED = 5  # on its way when the run was interrupted
+OK = 200
+
+STATUS_NAMES = {TIMEOUT: "timeout", CONNECTION: "connection", ANSWER: "answer"}
+
+COLUMNS = np.dtype(
+    [
+        ("index", np.uint32),
+        ("device", np.uint32),
+        ("scheduled_s", np.float64),
+        ("sent_s", np.float64),
+        ("done_s", np.float64),
+        ("lag_s", np.float32),
+        ("queue_s", np.float32),
+        ("compute_s", np.float32),
+        ("batch_rows", np.float32),
+        ("bytes_up", np.uint32),
+        ("bytes_down", np.uint32),
+        ("status", np.uint16),
+        ("retries", np.uint16),
+        ("rounds", np.uint16),
+        ("rows", np.uint16),
+        ("correct", np.uint16),
+    ]
+)
+
+Table = NDArray[np.void]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One inference as the device lived it; times in seconds after the common start.
+
+    Attributes:
+        index: the inference's number in the whole fleet.
+        device: the device that owed it.
+        scheduled_s: when the pacer wanted its first message sent.
+        sent_s: when its first message was handed to the socket; NaN if never.
+        done_s: when it ended, well or badly; NaN if it never did.
+        lag_s: how late the generator was with the first message; NaN if it never got to it.
+        queue_s: waiting in the cloud, summed over the answered rounds.
+        compute_s: computing in the cloud, summed over the answered rounds.
+        batch_rows: rows of the cloud's batches, summed over the answered rounds.
+        bytes_up: bytes of all messages sent, retries included.
+        bytes_down: bytes of all messages received.
+        status: OK, an HTTP status, or one of this module's codes.
+        retries: messages sent again.
+        rounds: rounds answered.
+        rows: rows per round (the group size).
+        correct: inputs whose class was the labelled one.
+    """
+
+    index: int
+    device: int
+    scheduled_s: float
+    sent_s: float
+    done_s: float
+    lag_s: float
+    queue_s: float
+    compute_s: float
+    batch_rows: float
+    bytes_up: int
+    bytes_down: int
+    status: int
+    retries: int
+    rounds: int
+    rows: int
+    correct: int
+
+    @property
+    def latency_s(self) -> float:
+        """Counted from the schedule, so a slow cloud cannot hide its queue."""
+        return self.done_s - self.scheduled_s
+
+
+def allocate(schedule: Schedule, rows: int) -> Table:
+    """Make the table of one shard: a row per inference it owes, all of them UNSENT."""
+    table = np.zeros(len(schedule), COLUMNS)
+    table["index"] = schedule.index
+    table["device"] = schedule.device
+    table["scheduled_s"] = schedule.due_s
+    table["rows"] = rows
+    for column in ("sent_s", "done_s", "lag_s"):
+        table[column] = np.nan
+    return table
+
+
+def merge(tables: Sequence[Table]) -> Table:
+    """Join the shards' tables exactly, in the order of the whole fleet's schedule."""
+    joined = np.concatenate(tables) if tables else np.zeros(0, COLUMNS)
+    return joined[np.argsort(joined["index"], kind="stable")]
+
+
+def result(table: Table, position: int) -> Result:
+    """Read one row of a table as a value."""
+    row: Any = table[position]
+    return Result(**dict(zip(COLUMNS.names or (), row.item(), strict=True)))
