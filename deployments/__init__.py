@@ -1,0 +1,1 @@
+"""The cloud: Ray Serve deployments that run the backbone on mixtures. No secret lives here."""

@@ -1,0 +1,127 @@
+"""Secret coefficients, mixing and de-mixing (DataMix, ECCV 2020, section "mixing").
+
+The device replaces a group of K feature tensors U by K mixtures Y = A U, sends the mixtures, and
+applies the inverse of A to what comes back. Where the cloud's block f is linear this is exact:
+A^-1 f(A U) = f(U).
+
+A is Haar-distributed over the orthogonal matrices: its inverse is its transpose and de-mixing
+amplifies nothing (condition 1). The law of A buys no secrecy, whatever it is (docs/privacy.md).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from datamix.errors import ConfigError
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+
+
+class Coefficients:
+    """A secret (K, K) orthogonal matrix for one round of one group.
+
+    Its values never show: not in a repr, not in a pickle, not in an exception. Only :func:`mix`
+    and :func:`demix` read them.
+    """
+
+    __slots__ = ("_matrix",)
+
+    def __init__(self, matrix: npt.NDArray[np.float32]) -> None:
+        """Take ownership of an orthogonal (K, K) float32 matrix.
+
+        Raises:
+            ConfigError: the matrix is not square or not orthogonal (within 1e-4).
+        """
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ConfigError(f"coefficients have shape {matrix.shape}, expected (K, K)")
+        if not np.allclose(matrix @ matrix.T, np.eye(len(matrix)), atol=1e-4):
+            raise ConfigError("coefficients are not orthogonal, so de-mixing would amplify errors")
+        self._matrix = matrix
+
+    @property
+    def group_size(self) -> int:
+        """K, the number of inputs mixed together."""
+        return len(self._matrix)
+
+    def __repr__(self) -> str:
+        """Say the size and nothing else."""
+        return f"Coefficients(group_size={self.group_size}, values=secret)"
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled: a pickle leaves the device."""
+        raise TypeError("coefficients are secret and cannot be pickled or copied")
+
+
+def _gaussians(count: int) -> npt.NDArray[np.float64]:
+    """``count`` standard normals from the operating system's entropy, by Box and Muller.
+
+    Straight from ``os.urandom``: there is no generator whose state could be recovered.
+    """
+    pairs = (count + 1) // 2
+    bits = np.frombuffer(os.urandom(16 * pairs), np.uint64).reshape(2, pairs)
+    uniform = ((bits >> np.uint64(11)) + np.float64(0.5)) * 2.0**-53  # in (0, 1), never 0
+    radius, angle = np.sqrt(-2 * np.log(uniform[0])), 2 * np.pi * uniform[1]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
+def haar(group_size: int) -> Coefficients:
+    """Draw coefficients from the Haar measure over the orthogonal (K, K) matrices.
+
+    QR of a Gaussian matrix, signs fixed so that the law is uniform (Mezzadri, "How to generate
+    random matrices from the classical compact groups", Notices of the AMS 54, 2007).
+
+    Raises:
+        ConfigError: ``group_size`` is below 1.
+    """
+    if group_size < 1:
+        raise ConfigError(f"group_size is {group_size}, expected at least 1")
+    gaussian = _gaussians(group_size * group_size).reshape(group_size, group_size)
+    orthogonal, triangle = np.linalg.qr(gaussian)
+    orthogonal *= np.sign(np.diagonal(triangle))
+    return Coefficients(orthogonal.astype(np.float32))
+
+
+def mix(features: Array, coefficients: Coefficients) -> Floats:
+    """Mix a group: row i of the result is ``sum_j A[i, j] * features[j]``.
+
+    Args:
+        features: (K, *shape), float32.
+        coefficients: K by K. Inverse: :func:`demix`.
+
+    Returns:
+        (K, *shape) float32, contiguous.
+
+    Raises:
+        ConfigError: the group does not have K members.
+    """
+    return _apply(coefficients, coefficients._matrix, features)
+
+
+def demix(mixtures: Array, coefficients: Coefficients) -> Floats:
+    """Undo :func:`mix`: row i of the result is ``sum_j A[j, i] * mixtures[j]``, as A^-1 = A^T.
+
+    Args:
+        mixtures: (K, *shape), float32: what the cloud answered for each mixture.
+        coefficients: the ones that :func:`mix` used.
+
+    Returns:
+        (K, *shape) float32, contiguous.
+
+    Raises:
+        ConfigError: there are not K mixtures.
+    """
+    return _apply(coefficients, coefficients._matrix.T, mixtures)
+
+
+def _apply(coefficients: Coefficients, matrix: Array, rows: Array) -> Floats:
+    if rows.ndim < 1 or len(rows) != coefficients.group_size:
+        raise ConfigError(
+            f"group has shape {rows.shape}, expected {coefficients.group_size} members"
+        )
+    flat = np.ascontiguousarray(rows, np.float32).reshape(len(rows), -1)
+    return np.ascontiguousarray(matrix @ flat).reshape(rows.shape)
