@@ -1,0 +1,1 @@
+"""Operate it: command line, local cluster, doctor."""

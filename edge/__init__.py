@@ -1,0 +1,1 @@
+"""The device: everything secret lives here, and only here."""
