@@ -5,8 +5,10 @@
     ├── WireError          400  bytes that are not a valid message
     ├── Unauthorized       401  token missing or wrong
     ├── NotFound           404  unknown model, version or block
+    ├── NotAllowed         405  a method the endpoint does not know
     ├── DeadlineExceeded   408  the deadline passed before the work began
     ├── TooLarge           413  more bytes or rows than allowed
+    ├── Unsupported        415  a media type the cloud does not read
     ├── NonFinite          422  NaN or Inf among the values
     ├── Overloaded         429  queue full: come back after ``retry_after_s``
     ├── BundleError        500  a bundle that cannot be read or trusted
@@ -65,6 +67,12 @@ class NotFound(DataMixError):
     status = 404
 
 
+class NotAllowed(DataMixError):
+    """A method the endpoint does not know."""
+
+    status = 405
+
+
 class DeadlineExceeded(DataMixError):
     """The deadline passed before the work began, or before the answer came."""
 
@@ -75,6 +83,12 @@ class TooLarge(DataMixError):
     """More bytes or rows than the receiver accepts."""
 
     status = 413
+
+
+class Unsupported(DataMixError):
+    """A media type the cloud does not read."""
+
+    status = 415
 
 
 class NonFinite(DataMixError):
@@ -113,8 +127,10 @@ _BY_STATUS: dict[int, type[DataMixError]] = {
     400: WireError,
     401: Unauthorized,
     404: NotFound,
+    405: NotAllowed,
     408: DeadlineExceeded,
     413: TooLarge,
+    415: Unsupported,
     422: NonFinite,
     429: Overloaded,
     503: Unavailable,

@@ -1,0 +1,29 @@
+"""`serve run deployments.app:app bundle=...`: binding and nothing else."""
+
+from __future__ import annotations
+
+from ray import serve
+from ray.serve import Application
+
+from deployments.backbone import Backbone
+from deployments.config import Config
+
+# A stream is one "ongoing request" to Serve for as long as it is open, and every device holds one.
+_MAX_STREAMS = 100_000
+
+
+def app(config: Config) -> Application:
+    """Bind one backbone as the ingress: HAProxy connects straight to its replicas.
+
+    Replicas and resources are `deployments/serve.yaml`'s business; what stands here are defaults.
+    """
+    deployment = serve.deployment(
+        name="Backbone",
+        max_ongoing_requests=_MAX_STREAMS,
+        health_check_period_s=1,
+        health_check_timeout_s=config.health_timeout_s + 2,
+        graceful_shutdown_timeout_s=20,
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if config.device != "cpu" else 0},
+    )
+    bound: Application = deployment(serve.ingress()(Backbone)).bind(config)
+    return bound

@@ -1,0 +1,63 @@
+"""What one application needs to know; `deployments/serve.yaml` and `serve run key=value` set it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from datamix.errors import ConfigError
+from deployments.engine import parse_engine
+
+
+class Config(BaseModel):
+    """Settings of the backbone's application; unknown keys are refused.
+
+    Attributes:
+        bundle: folder or URI of the bundle; only manifest and backbone weights are read.
+        engine: ``torch``, ``null``, or ``emulated:a_s,b_s`` which sleeps a + b * rows seconds.
+        echo_shape: row shape that a null or emulated engine echoes where there is no bundle.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: what the engine computes in.
+        channels_last: memory format of batches and weights.
+        threads: CPU threads of one forward; None leaves torch's own choice.
+        max_batch_rows: rows in a batch at most.
+        max_queue_rows: rows waiting at most; beyond it requests are shed with 429.
+        max_request_bytes: bytes of a message at most, as received and inflated.
+        max_request_rows: rows of a message at most.
+        max_stream_requests: requests of one stream in flight at most; then reading stops.
+        health_timeout_s: how long the engine may take to answer a health probe.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bundle: str | None = None
+    engine: str = "torch"
+    echo_shape: tuple[int, ...] | None = None
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    channels_last: bool = False
+    threads: int | None = Field(default=None, ge=1)
+    max_batch_rows: int = Field(default=256, ge=1)
+    max_queue_rows: int = Field(default=8192, ge=1)
+    max_request_bytes: int = Field(default=8 << 20, ge=1024, le=16 << 20)
+    max_request_rows: int = Field(default=128, ge=1)
+    max_stream_requests: int = Field(default=128, ge=1)
+    health_timeout_s: float = Field(default=8.0, gt=0)
+
+    @model_validator(mode="after")
+    def _agree(self) -> Config:
+        try:
+            kind = parse_engine(self.engine)[0]
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        if self.bundle is None and (kind == "torch" or self.echo_shape is None):
+            raise ValueError(
+                "no bundle is given; only a null or emulated engine with echo_shape can do without"
+            )
+        if self.max_request_rows > self.max_batch_rows:
+            raise ValueError(
+                f"max_request_rows is {self.max_request_rows}, expected at most max_batch_rows "
+                f"({self.max_batch_rows}), as a request never splits"
+            )
+        return self

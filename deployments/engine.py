@@ -1,0 +1,187 @@
+"""Engines run a block of the backbone on a batch: on CPU, on CUDA, or pretending for load tests.
+
+The batcher calls :meth:`Engine.run` from one thread, one batch at a time. An engine owns its batch
+buffer, so rows are copied once: from the message's bytes into the buffer, converted on the way.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from datamix.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+Shape = tuple[int, ...]
+
+
+class Rows(NamedTuple):
+    """The rows of one request, as they came off the wire.
+
+    Attributes:
+        features: (rows, *shape), float16, float32 or int8.
+        scale: (rows,) float32 with int8, else None.
+    """
+
+    features: Array
+    scale: Array | None
+
+
+class Block(NamedTuple):
+    """Shapes of one row before and after a block."""
+
+    input_shape: Shape
+    output_shape: Shape
+
+
+class Engine(Protocol):
+    """What the batcher needs of an engine."""
+
+    @property
+    def name(self) -> str:
+        """Short name for metadata and metrics, such as ``torch:cpu:float32``."""
+        ...
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """Shapes of every block it can run."""
+        ...
+
+    def run(self, block: int, requests: Sequence[Rows]) -> Floats:
+        """Run one block on the rows of all requests, in order: (rows, *output_shape) float32.
+
+        Blocks the calling thread; releases the GIL while it computes.
+        """
+        ...
+
+
+def fill(buffer: Floats, requests: Sequence[Rows]) -> int:
+    """Copy the requests' rows, as float32, to the front of ``buffer``; return how many."""
+    start = 0
+    for features, scale in requests:
+        stop = start + len(features)
+        if scale is None:
+            buffer[start:stop] = features
+        else:
+            shape = (-1, *[1] * (features.ndim - 1))
+            np.multiply(features, scale.reshape(shape), out=buffer[start:stop])
+        start = stop
+    return start
+
+
+class EchoEngine:
+    """No network at all: each row comes back as it went in, after ``a_s + b_s * rows`` seconds.
+
+    With both at 0 this is the null engine, which shows what everything around an engine costs.
+    Above that it is the emulated engine: it sleeps, so that many of them fit on a laptop.
+    """
+
+    def __init__(self, shapes: Sequence[Shape], a_s: float = 0.0, b_s: float = 0.0) -> None:
+        """Echo blocks of the given row shapes; ``a_s`` per batch and ``b_s`` per row, in seconds.
+
+        Raises:
+            ConfigError: a duration is negative or not finite.
+        """
+        if not (math.isfinite(a_s) and math.isfinite(b_s) and a_s >= 0 and b_s >= 0):
+            raise ConfigError(f"emulated engine has a_s={a_s}, b_s={b_s}, expected seconds >= 0")
+        self.a_s, self.b_s = a_s, b_s
+        self.name = f"emulated:{a_s:g},{b_s:g}" if a_s or b_s else "null"
+        self.blocks = [Block(shape, shape) for shape in shapes]
+
+    def run(self, block: int, requests: Sequence[Rows]) -> Floats:
+        """Return the rows as float32, late by the cost model."""
+        rows = sum(len(request.features) for request in requests)
+        if duration := self.a_s + self.b_s * rows:
+            time.sleep(duration)
+        out = np.empty((rows, *self.blocks[block].input_shape), np.float32)
+        fill(out, requests)
+        return out
+
+
+class TorchEngine:
+    """The backbone on torch: CPU or CUDA, float32 or bfloat16, rows converted once."""
+
+    def __init__(
+        self,
+        backbone: torch.nn.ModuleList,
+        blocks: Sequence[Block],
+        *,
+        max_batch_rows: int,
+        device: str = "cpu",
+        dtype: str = "float32",
+        channels_last: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        """Move the backbone to ``device`` and make room for batches of ``max_batch_rows``.
+
+        Raises:
+            ConfigError: the device is not there, or ``dtype`` is neither float32 nor bfloat16.
+        """
+        import torch
+
+        if dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"engine dtype is {dtype!r}, expected float32 or bfloat16")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"engine device is {device!r}, but torch finds no CUDA device here")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.name = f"torch:{device}:{dtype}"
+        self.blocks = list(blocks)
+        self._torch = torch
+        self._device = torch.device(device)
+        self._dtype = getattr(torch, dtype)
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._modules = backbone.to(self._device, self._dtype).eval()
+        if channels_last:
+            self._modules = self._modules.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # One buffer for all blocks: batches run one at a time. Page-locked memory lets the copy to
+        # a GPU go on beside the host.
+        size = max_batch_rows * max(math.prod(block.input_shape) for block in blocks)
+        buffer = torch.empty(size, dtype=torch.float32, pin_memory=self._device.type == "cuda")
+        self._buffer: Floats = buffer.numpy()
+        self._staging = buffer
+
+    def run(self, block: int, requests: Sequence[Rows]) -> Floats:
+        """One forward over the rows of all requests."""
+        torch = self._torch
+        rows = sum(len(request.features) for request in requests)
+        shape = (rows, *self.blocks[block].input_shape)
+        size = math.prod(shape)
+        fill(self._buffer[:size].reshape(shape), requests)
+        with torch.inference_mode():
+            batch = self._staging[:size].view(shape)
+            batch = batch.to(self._device, non_blocking=True).to(self._dtype)
+            if self._format is torch.channels_last:
+                batch = batch.contiguous(memory_format=self._format)
+            output = self._modules[block](batch)
+            result: Floats = output.to("cpu", torch.float32).contiguous().numpy()
+        # A block that returns its input unchanged would hand out the buffer itself, which the next
+        # batch overwrites while this one's responses are still being written.
+        return result.copy() if np.shares_memory(result, self._buffer) else result
+
+
+def parse_engine(text: str) -> tuple[str, float, float]:
+    """Read ``torch``, ``null`` or ``emulated:a_s,b_s`` as (kind, a_s, b_s).
+
+    Raises:
+        ConfigError: anything else.
+    """
+    kind, _, numbers = text.partition(":")
+    try:
+        if kind == "emulated":
+            a_s, b_s = (float(number) for number in numbers.split(","))
+            return kind, a_s, b_s
+        if kind in ("torch", "null") and not numbers:
+            return kind, 0.0, 0.0
+    except ValueError:
+        pass
+    raise ConfigError(f"engine is {text!r}, expected torch, null or emulated:a_s,b_s in seconds")

@@ -1,0 +1,185 @@
+"""The one table of metrics: names, help, labels and buckets; and the two places they can go.
+
+In a replica they go through Ray's metrics agent, which adds the prefix ``ray_`` and labels for
+application, deployment and replica. Without Ray they go to a prometheus-client registry.
+Names end in the base unit; labels come from small fixed sets, never from a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+    from deployments.batcher import Statistics, Timing
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the table."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+TABLE: tuple[Metric, ...] = (
+    Metric(
+        "datamix_requests_total",
+        "counter",
+        "Requests answered, by outcome: ok or the HTTP status.",
+        ("model", "outcome"),
+    ),
+    Metric("datamix_rows_total", "counter", "Rows computed by the engine.", ("model",)),
+    Metric(
+        "datamix_batches_total",
+        "counter",
+        "Batches computed, by why they closed.",
+        ("model", "close_reason"),
+    ),
+    Metric(
+        "datamix_engine_busy_seconds_total",
+        "counter",
+        "Time the engine spent computing; its rate is the engine's utilisation.",
+        ("model",),
+    ),
+    Metric("datamix_received_bytes_total", "counter", "Bytes of requests received.", ("model",)),
+    Metric("datamix_sent_bytes_total", "counter", "Bytes of responses sent.", ("model",)),
+    Metric("datamix_queue_rows", "gauge", "Rows waiting for the engine.", ("model",)),
+    Metric("datamix_open_streams", "gauge", "WebSocket streams open.", ("model",)),
+    Metric("datamix_batch_rows", "histogram", "Rows per batch.", ("model",), _ROWS),
+    Metric(
+        "datamix_batch_compute_seconds",
+        "histogram",
+        "Engine time per batch.",
+        ("model",),
+        _SECONDS,
+    ),
+    Metric(
+        "datamix_batch_queue_seconds",
+        "histogram",
+        "Wait of a batch's oldest request, from arrival to the start of the computation.",
+        ("model",),
+        _SECONDS,
+    ),
+)
+
+
+class Backend(Protocol):
+    """Where recorded values go."""
+
+    def record(self, metric: Metric, value: float, labels: dict[str, str]) -> None:
+        """Add to a counter, set a gauge or observe in a histogram."""
+        ...
+
+
+class RayBackend:
+    """Ray's metrics agent; only inside a Serve replica."""
+
+    def __init__(self, table: Sequence[Metric] = TABLE) -> None:
+        """Register the table with Ray."""
+        from ray.serve import metrics
+
+        kinds: dict[str, Any] = {
+            "counter": metrics.Counter,
+            "gauge": metrics.Gauge,
+            "histogram": metrics.Histogram,
+        }
+        self._series: dict[str, Any] = {
+            m.name: kinds[m.kind](
+                m.name,
+                description=m.help,
+                tag_keys=m.labels,
+                **({"boundaries": list(m.buckets)} if m.kind == "histogram" else {}),
+            )
+            for m in table
+        }
+        self._verbs = {"counter": "inc", "gauge": "set", "histogram": "observe"}
+
+    def record(self, metric: Metric, value: float, labels: dict[str, str]) -> None:
+        """See :class:`Backend`."""
+        getattr(self._series[metric.name], self._verbs[metric.kind])(value, tags=labels)
+
+
+class PrometheusBackend:
+    """A prometheus-client registry, for tests and for an application outside Ray."""
+
+    def __init__(self, registry: CollectorRegistry, table: Sequence[Metric] = TABLE) -> None:
+        """Register the table with ``registry``."""
+        import prometheus_client as prometheus
+
+        def make(m: Metric) -> Any:
+            if m.kind == "histogram":
+                return prometheus.Histogram(
+                    m.name, m.help, m.labels, buckets=m.buckets, registry=registry
+                )
+            kind = prometheus.Counter if m.kind == "counter" else prometheus.Gauge
+            return kind(m.name, m.help, m.labels, registry=registry)
+
+        self._series = {m.name: make(m) for m in table}
+        self._verbs = {"counter": "inc", "gauge": "set", "histogram": "observe"}
+
+    def record(self, metric: Metric, value: float, labels: dict[str, str]) -> None:
+        """See :class:`Backend`."""
+        series = self._series[metric.name].labels(**labels)
+        getattr(series, self._verbs[metric.kind])(value)
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Plain running totals that the protocol counts; see :class:`Recorder`."""
+
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    open_streams: int = 0
+
+
+class Recorder:
+    """Publishes a replica's running totals: histograms per batch, everything else once a second.
+
+    Recording through Ray costs microseconds, so it is kept off the path of a single message.
+    """
+
+    def __init__(self, backend: Backend, model: str) -> None:
+        """Record to ``backend`` under the label ``model``."""
+        self._backend = backend
+        self._model = model
+        self._metrics = {m.name: m for m in TABLE}
+        self._last: dict[tuple[str, ...], float] = {}
+
+    def batch(self, timing: Timing) -> None:
+        """Observe one batch, by the timing of its oldest request."""
+        self._record("datamix_batch_rows", timing.batch_rows)
+        self._record("datamix_batch_compute_seconds", timing.compute_s)
+        self._record("datamix_batch_queue_seconds", timing.queue_s)
+
+    def publish(self, statistics: Statistics, traffic: Traffic, queue_rows: int) -> None:
+        """Publish what changed since the last call."""
+        for outcome, count in list(statistics.requests.items()):
+            self._advance("datamix_requests_total", count, outcome=outcome)
+        for reason, count in list(statistics.close_reasons.items()):
+            self._advance("datamix_batches_total", count, close_reason=reason)
+        self._advance("datamix_rows_total", statistics.rows)
+        self._advance("datamix_engine_busy_seconds_total", statistics.busy_s)
+        self._advance("datamix_received_bytes_total", traffic.received_bytes)
+        self._advance("datamix_sent_bytes_total", traffic.sent_bytes)
+        self._record("datamix_queue_rows", queue_rows)
+        self._record("datamix_open_streams", traffic.open_streams)
+
+    def _record(self, name: str, value: float, **labels: str) -> None:
+        self._backend.record(self._metrics[name], value, {"model": self._model, **labels})
+
+    def _advance(self, name: str, total: float, **labels: str) -> None:
+        """Add what a running total grew by; Ray refuses to add nothing."""
+        key = (name, *labels.values())
+        if (growth := total - self._last.get(key, 0.0)) > 0:
+            self._record(name, growth, **labels)
+            self._last[key] = total

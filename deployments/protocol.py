@@ -1,0 +1,366 @@
+"""The endpoints: HTTP and WebSocket to the batcher and back, as one raw ASGI application.
+
+    POST /v2/models/{model}[/versions/{v}]/infer    one message in, one out
+    GET  /v2/models/{model}[/versions/{v}]/stream   WebSocket: many, answered as they finish
+    GET  /v2/models/{model}[/versions/{v}][/ready]  metadata, readiness
+    GET  /v2, /v2/health/live, /v2/health/ready, /v2/stats
+
+A request is decoded and checked on the event loop, before it can enter a batch. Every fault has its
+row in the table of docs/wire.md and leaves the connection and all other requests untouched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import re
+from collections import deque
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from datamix import wire
+from datamix.errors import (
+    DataMixError,
+    NotAllowed,
+    NotFound,
+    TooLarge,
+    Unavailable,
+    Unsupported,
+    WireError,
+)
+from deployments.batcher import Computed, Job
+from deployments.engine import Rows
+
+if TYPE_CHECKING:
+    from deployments.backbone import Backbone
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+# Called once per request, on the event loop: its id, and the encoded response or the error.
+Reply = Callable[[str, bytes | DataMixError], None]
+
+logger = logging.getLogger(__name__)
+
+_ROUTE = re.compile(
+    r"/v2/models/(?P<model>[^/]+)(/versions/(?P<version>[^/]+))?(/(?P<action>infer|stream|ready))?/?"
+)
+
+
+class Route(NamedTuple):
+    """Where a path leads: a model, perhaps a version, and what to do with it."""
+
+    model: str
+    version: str | None
+    action: str
+
+
+class Stream:
+    """One WebSocket.
+
+    Its responses are written by a task of its own, so that a slow reader holds up nobody else, and
+    no more than ``limit`` of its requests are under way at once.
+    """
+
+    def __init__(self, send: Send, limit: int) -> None:
+        """Write through ``send``; accept ``limit`` requests before the oldest is answered."""
+        self._send = send
+        self._limit = limit
+        self._outgoing: deque[bytes] = deque()
+        self._something = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._unanswered = 0
+        self._gone = False
+        self._jobs: deque[Job] = deque(maxlen=limit)
+
+    async def enter(self) -> bool:
+        """Count one more request; waits while there are too many (and so stops reading).
+
+        False where the peer is gone.
+        """
+        while self._unanswered >= self._limit and not self._gone:
+            self._room.clear()
+            await self._room.wait()
+        self._unanswered += 1
+        return not self._gone
+
+    def answer(self, message: bytes) -> None:
+        """Queue one response."""
+        self._outgoing.append(message)
+        self._something.set()
+
+    async def write(self) -> None:
+        """Write responses until cancelled or the peer is gone."""
+        try:
+            while True:
+                while self._outgoing:
+                    await self._send({"type": "websocket.send", "bytes": self._outgoing.popleft()})
+                    self._unanswered -= 1
+                    self._room.set()
+                self._something.clear()
+                await self._something.wait()
+        finally:
+            self._gone = True
+            self._room.set()
+
+    def watch(self, job: Job) -> None:
+        """Remember a queued request; at most ``limit`` are unanswered, so older ones are done."""
+        self._jobs.append(job)
+
+    def abandon(self) -> None:
+        """Cancel what is still queued: the peer is gone."""
+        for job in self._jobs:
+            job.cancelled = True
+
+
+class Protocol:
+    """The ASGI application of one replica."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        """Serve ``backbone``."""
+        self._backbone = backbone
+        self._limits = backbone.config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Dispatch one connection or request."""
+        if scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+
+    # --- HTTP ---
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            path = scope["path"]
+            if scope["method"] == "POST":
+                route = self._route(path)
+                if route.action != "infer":
+                    raise NotFound(f"nothing is to be posted at {path[:200]!r}")
+                await self._infer(scope, route, receive, send)
+            elif scope["method"] == "GET":
+                body = json.dumps(self._describe(path)).encode()
+                await _reply(send, 200, "application/json", body)
+            else:
+                raise NotAllowed(f"method is {scope['method']}, expected GET or POST")
+        except DataMixError as error:
+            await _reply_error(send, error)
+        except Exception as error:
+            # Never a traceback over the wire, never a payload in the log.
+            logger.error("request failed: %s", type(error).__name__)
+            await _reply_error(send, Unavailable("the replica failed on this request"))
+
+    async def _infer(self, scope: Scope, route: Route, receive: Receive, send: Send) -> None:
+        media = _header(scope, b"content-type")
+        if media.partition(";")[0].strip().lower() != wire.MEDIA_TYPE:
+            raise Unsupported(f"content type is {media[:100]!r}, expected {wire.MEDIA_TYPE!r}")
+        body = await self._body(scope, receive)
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        def reply(request_id: str, outcome: bytes | DataMixError) -> None:
+            if answer.done():
+                return  # the client went away while the batch was computed
+            if isinstance(outcome, DataMixError):
+                answer.set_exception(outcome)
+            else:
+                answer.set_result(outcome)
+
+        job = self._submit(body, route, reply)
+        try:
+            message = await answer
+        finally:
+            job.cancelled = True  # answered, or nobody waits any more
+        self._backbone.traffic.sent_bytes += len(message)
+        await _reply(send, 200, wire.MEDIA_TYPE, message)
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        limit = self._limits.max_request_bytes
+        declared = _header(scope, b"content-length")
+        if declared.isdecimal() and int(declared) > limit:
+            raise TooLarge(f"body has {int(declared)} bytes, expected at most {limit}")
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise WireError("the connection closed before the whole body had come")
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if size > limit:
+                raise TooLarge(f"body has more than {limit} bytes, the most that is accepted")
+            if not message.get("more_body"):
+                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _describe(self, path: str) -> dict[str, Any]:
+        """Answer a GET."""
+        backbone = self._backbone
+        if path.rstrip("/") == "/v2":
+            return backbone.server_metadata()
+        if path == "/v2/health/live":
+            return {"live": True}
+        if path == "/v2/health/ready":
+            if not backbone.ready:
+                raise Unavailable("the replica is not ready")
+            return {"ready": True}
+        if path == "/v2/stats":
+            return backbone.stats()
+        route = self._route(path)
+        if route.action == "":
+            return backbone.model_metadata()
+        if route.action == "ready":
+            if not backbone.ready:
+                raise Unavailable(f"model {route.model!r} is not ready")
+            return {"name": route.model, "ready": True}
+        raise NotFound(f"nothing is to be read at {path[:200]!r}")
+
+    # --- WebSocket ---
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()  # websocket.connect
+        try:
+            route = self._route(scope["path"])
+            if route.action != "stream":
+                raise NotFound(f"no stream is at {scope['path'][:200]!r}")
+        except DataMixError as error:
+            await _reply_error(send, error, kind="websocket.http.response")
+            return
+        await send({"type": "websocket.accept"})
+        stream = Stream(send, self._limits.max_stream_requests)
+        traffic = self._backbone.traffic
+        traffic.open_streams += 1
+        writer = asyncio.create_task(stream.write())
+        try:
+            while True:
+                message = await receive()
+                if message["type"] == "websocket.disconnect":
+                    break
+                if not await stream.enter():
+                    break
+                self._stream_request(message, route, stream)
+        finally:
+            traffic.open_streams -= 1
+            stream.abandon()
+            writer.cancel()
+            # A peer that left makes the writer fail; that is not worth a word.
+            await asyncio.gather(writer, return_exceptions=True)
+
+    def _stream_request(self, message: Message, route: Route, stream: Stream) -> None:
+        def reply(request_id: str, outcome: bytes | DataMixError) -> None:
+            if isinstance(outcome, DataMixError):
+                outcome = wire.encode_error(
+                    request_id, outcome.status, str(outcome), retry_after_s=outcome.retry_after_s
+                )
+            self._backbone.traffic.sent_bytes += len(outcome)
+            stream.answer(outcome)
+
+        body = message.get("bytes")
+        try:
+            if body is None:
+                raise WireError("a text frame came on the stream, expected binary messages")
+            stream.watch(self._submit(body, route, reply))
+        except DataMixError as error:
+            reply(wire.peek_request_id(body or b""), error)
+
+    # --- both ---
+
+    def _route(self, path: str) -> Route:
+        """Read a path and check that this replica serves its model and version."""
+        match = _ROUTE.fullmatch(path)
+        if match is None:
+            raise NotFound(f"nothing is at {path[:200]!r}")
+        route = Route(match["model"], match["version"], match["action"] or "")
+        self._backbone.check_model(route.model, route.version)
+        return route
+
+    def _submit(self, body: bytes, route: Route, reply: Reply) -> Job:
+        """Decode, check and queue one request; ``reply`` gets its encoded response or the error."""
+        backbone = self._backbone
+        backbone.traffic.received_bytes += len(body)
+        try:
+            request = wire.decode_request(
+                body,
+                max_bytes=self._limits.max_request_bytes,
+                max_rows=self._limits.max_request_rows,
+            )
+            backbone.check_request(request)
+            job = Job(
+                block=request.block,
+                rows=Rows(request.features, request.scale),
+                done=lambda outcome: reply(request.request_id, self._encode(request, outcome)),
+                deadline=None
+                if request.deadline_s is None
+                else backbone.clock() + request.deadline_s,
+            )
+            backbone.batcher.offer(job)
+        except DataMixError as error:
+            backbone.batcher.statistics.requests[str(error.status)] += 1
+            raise
+        return job
+
+    def _encode(
+        self, request: wire.Request, outcome: Computed | DataMixError
+    ) -> bytes | DataMixError:
+        if isinstance(outcome, DataMixError):
+            return outcome
+        output, timing = outcome
+        try:
+            return wire.encode_response(
+                output,
+                dtype=request.dtype,
+                request_id=request.request_id,
+                model=self._backbone.model,
+                model_version=self._backbone.version,
+                block=request.block,
+                queue_s=timing.queue_s,
+                compute_s=timing.compute_s,
+                batch_rows=timing.batch_rows,
+                close_reason=timing.close_reason,
+            )
+        except DataMixError as error:
+            return error
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    value: bytes = next((v for k, v in scope["headers"] if k == name), b"")
+    return value.decode("latin-1")
+
+
+async def _reply(
+    send: Send,
+    status: int,
+    media: str,
+    body: bytes,
+    *,
+    extra: tuple[tuple[bytes, bytes], ...] = (),
+    kind: str = "http.response",
+) -> None:
+    headers = [
+        (b"content-type", media.encode()),
+        (b"content-length", str(len(body)).encode()),
+        *extra,
+    ]
+    await send({"type": f"{kind}.start", "status": status, "headers": headers})
+    await send({"type": f"{kind}.body", "body": body})
+
+
+async def _reply_error(send: Send, error: DataMixError, kind: str = "http.response") -> None:
+    extra: tuple[tuple[bytes, bytes], ...] = ()
+    if error.retry_after_s is not None:  # whole seconds, as HTTP wants them
+        extra = ((b"retry-after", str(math.ceil(error.retry_after_s)).encode()),)
+    body = json.dumps({"error": str(error)}).encode()
+    await _reply(send, error.status, "application/json", body, extra=extra, kind=kind)
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
