@@ -45,6 +45,7 @@ COLUMNS = np.dtype(
         ("rounds", np.uint16),
         ("rows", np.uint16),
         ("correct", np.uint16),
+        ("correct_local", np.uint16),
     ]
 )
 
@@ -71,7 +72,8 @@ class Result:
         retries: messages sent again.
         rounds: rounds answered.
         rows: rows per round (the group size).
-        correct: inputs whose class was the labelled one.
+        correct: inputs whose class, by way of the cloud, was the labelled one.
+        correct_local: inputs whose class, computed locally, was the labelled one.
     """
 
     index: int
@@ -90,6 +92,7 @@ class Result:
     rounds: int
     rows: int
     correct: int
+    correct_local: int
 
     @property
     def latency_s(self) -> float:

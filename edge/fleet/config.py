@@ -1,0 +1,84 @@
+"""What to simulate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from datamix.errors import ConfigError
+
+WORKLOADS = ("bundle", "echo")
+
+
+@dataclass(frozen=True, slots=True)
+class FleetConfig:
+    """One run of the fleet. Times are in seconds, rates per second over the whole fleet.
+
+    Attributes:
+        url: base URL of the cloud, ``http://host:port``.
+        bundle: the bundle whose stem, bridges and head the devices run; its backbone is read too
+            where answers are verified. Needed for ``workload="bundle"``.
+        devices: simulated devices, each with a stream of its own.
+        rate: inferences per second; each is one group, so ``group_size`` inputs.
+        duration_s: for how long inferences fall due.
+        seed: the same seed gives the same schedule on any number of processes.
+        processes: how many processes hold the devices.
+        pacer: ``poisson`` or ``constant``.
+        workload: ``bundle`` infers real inputs; ``echo`` sends noise and expects it back.
+        verify: compare every answer with the locally computed one.
+        timeout_s: an inference has failed this long after it was due.
+        max_retries: how often one inference sends a message again.
+        retry_ratio: the whole fleet's retries per first send, above a floor of 100 per process.
+        connect_at_once: how many devices open their stream at the same time.
+        connect_timeout_s: by when every device has its stream, or the run does not start.
+        model: the model's name; None for the bundle's, or the one that the cloud says it serves.
+        rows: rows per message of the echo workload; the bundle workload has ``group_size`` rows.
+        token: bearer token, where the cloud wants one.
+    """
+
+    url: str
+    bundle: str | None = None
+    devices: int = 100
+    rate: float = 50.0
+    duration_s: float = 20.0
+    seed: int = 0
+    processes: int = 1
+    pacer: str = "poisson"
+    workload: Literal["bundle", "echo"] = "bundle"
+    verify: bool = True
+    timeout_s: float = 10.0
+    max_retries: int = 5
+    retry_ratio: float = 0.2
+    connect_at_once: int = 200
+    connect_timeout_s: float = 60.0
+    model: str | None = None
+    rows: int = 4
+    token: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot mean anything."""
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"url is {self.url!r}, expected http://host:port or https://host:port"
+            )
+        if self.workload not in WORKLOADS:
+            raise ConfigError(f"workload is {self.workload!r}, expected one of {WORKLOADS}")
+        if self.workload == "bundle" and self.bundle is None:
+            raise ConfigError("the bundle workload got no bundle, expected a path")
+        for name in ("devices", "processes", "connect_at_once", "rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("rate", "duration_s", "timeout_s", "connect_timeout_s"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected a positive number")
+        if self.max_retries < 0 or self.retry_ratio < 0:
+            raise ConfigError("max_retries and retry_ratio are 0 or more")
+
+    @property
+    def base_url(self) -> str:
+        """The URL without a slash at its end."""
+        return self.url.rstrip("/")
+
+    def stream_url(self, model: str) -> str:
+        """Where a device opens its stream."""
+        return f"ws{self.base_url.removeprefix('http')}/v2/models/{model}/stream"

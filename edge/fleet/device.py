@@ -1,0 +1,135 @@
+"""One simulated device: its stream to the cloud and the inferences it has under way."""
+
+from __future__ import annotations
+
+import random
+from typing import Protocol
+
+from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
+
+from edge.fleet.workload import Inference
+
+FIRST_BACKOFF_S = 0.05
+LONGEST_BACKOFF_S = 2.0
+
+
+def backoff_s(attempt: int, generator: random.Random) -> float:
+    """Draw how long to wait before attempt ``attempt`` (from 1): half fixed, half jitter.
+
+    Doubles from 50 ms to 2 s. The jitter keeps thousands of devices that lost the same replica from
+    coming back at the same moment; the fixed half keeps them from hammering it.
+    """
+    longest: float = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(attempt - 1, 16))
+    return longest * (0.5 + 0.5 * generator.random())
+
+
+class Flight:
+    """One inference under way. Mutable and short-lived; what lasts is its row in the table."""
+
+    __slots__ = (
+        "attempts",
+        "block",
+        "deadline_s",
+        "device",
+        "inference",
+        "message",
+        "position",
+        "request_id",
+        "sent",
+        "status",
+    )
+
+    def __init__(self, position: int, device: FleetDevice, deadline_s: float) -> None:
+        """Begin; the shard fills in the rest as the inference goes on."""
+        self.position = position
+        self.device = device
+        self.deadline_s = deadline_s
+        self.inference: Inference | None = None  # None again once it has ended
+        self.request_id = ""
+        self.block = 0
+        self.message = b""
+        self.sent = False  # whether the present message has left the device
+        self.attempts = 0  # resends so far, of all messages
+        self.status = 0  # why the present message has to be sent again; 0 if it has not
+
+
+class Owner(Protocol):
+    """Who wants to hear what happens to a device's stream: the shard."""
+
+    def on_message(self, device: FleetDevice, body: bytes) -> None:
+        """A whole binary message came."""
+        ...
+
+    def on_connected(self, device: FleetDevice) -> None:
+        """The stream is open."""
+        ...
+
+    def on_lost(self, device: FleetDevice) -> None:
+        """The stream is gone."""
+        ...
+
+    def on_crash(self, error: Exception) -> None:
+        """The simulator itself failed."""
+        ...
+
+
+class FleetDevice(WSListener):
+    """A device with one stream.
+
+    Attributes:
+        number: which device of the fleet.
+        transport: the open stream, or None while there is none.
+        flights: inferences under way, sent or not.
+        waiting: inferences whose message waits for the stream to come back.
+    """
+
+    def __init__(self, number: int, owner: Owner) -> None:
+        """Make a device that is not connected yet."""
+        self.number = number
+        self.transport: WSTransport | None = None
+        self.flights: set[Flight] = set()
+        self.waiting: list[Flight] = []
+        self._owner = owner
+        self._fragments: list[bytes] = []
+
+    def send(self, message: bytes) -> None:
+        """Hand one message to the open stream."""
+        if self.transport is not None:
+            self.transport.send(WSMsgType.BINARY, message)
+
+    def leave(self) -> None:
+        """Close the stream, if there is one, as the protocol wants it."""
+        if self.transport is not None:
+            self.transport.send_close(WSCloseCode.OK)
+            self.transport.disconnect()
+
+    def on_ws_connected(self, transport: WSTransport) -> None:
+        """Keep the stream."""
+        self.transport = transport
+        self._fragments.clear()
+        self._owner.on_connected(self)
+
+    def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
+        """Put messages together and pass them on; a failure here ends the run, never hides."""
+        try:
+            kind = frame.msg_type
+            if kind == WSMsgType.CLOSE:
+                transport.disconnect()
+            elif kind in (WSMsgType.BINARY, WSMsgType.CONTINUATION):
+                # A copy: the frame's memory is reused as soon as this returns.
+                body = frame.get_payload_as_bytes()
+                if not frame.fin:
+                    self._fragments.append(body)
+                    return
+                if self._fragments:
+                    body = b"".join([*self._fragments, body])
+                    self._fragments.clear()
+                self._owner.on_message(self, body)
+        except Exception as error:
+            self._owner.on_crash(error)
+
+    def on_ws_disconnected(self, transport: WSTransport) -> None:
+        """Tell the shard, unless the stream was replaced already."""
+        if transport is self.transport:
+            self.transport = None
+            self._owner.on_lost(self)

@@ -1,0 +1,163 @@
+"""One spawned process with one shard, and what it and its parent tell each other.
+
+    parent -> child   float: the common start by the monotonic clock; None: stop
+    child  -> parent  Progress, twice a second; Ready; then ShardResult or Failure, once
+
+The pipe is the lifeline: a child whose parent is gone reads its end and leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import resource
+import sys
+import traceback
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from datamix.errors import DataMixError
+from edge.fleet import pacing
+from edge.fleet.config import FleetConfig
+from edge.fleet.shard import Shard
+from edge.fleet.workload import EchoWorkload, Workload
+
+_PROGRESS_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the cloud at the other end serves.
+
+    Attributes:
+        model: its name, as it stands in the URL.
+        engine: the engine's name, such as ``torch:cpu:float32`` or ``null``.
+        input_shapes: row shape of each block's input.
+    """
+
+    model: str
+    engine: str
+    input_shapes: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What one process has to do."""
+
+    config: FleetConfig
+    target: Target
+    number: int
+    shards: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """All devices of a shard have their stream."""
+
+    shard: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A shard could not go on.
+
+    Attributes:
+        sentence: why.
+        status: of the error that says so; 0 for a defect of the simulator.
+    """
+
+    sentence: str
+    status: int
+
+
+def main(connection: Connection, task: Task) -> None:
+    """Run one shard to its end; the entry of the spawned process."""
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone: nobody to tell
+        try:
+            raise_descriptor_limit()
+            result = _run(_serve(connection, task))
+        except DataMixError as error:
+            connection.send(Failure(str(error), error.status))
+        except Exception:
+            connection.send(Failure(traceback.format_exc(limit=-4), 0))
+        else:
+            connection.send(result)
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit of open files to the hard one; return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return sys.maxsize if hard == resource.RLIM_INFINITY else hard
+
+
+def _run(main: Coroutine[Any, Any, Any]) -> Any:
+    """Run on uvloop where there is one (Linux), else on asyncio."""
+    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    if sys.platform == "linux":
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(main)
+
+
+async def _serve(connection: Connection, task: Task) -> Any:
+    config = task.config
+    whole = pacing.schedule(
+        config.pacer, config.rate, config.duration_s, config.devices, config.seed
+    )
+    workload = load(config, task.target, len(whole))
+    shard = Shard(
+        config,
+        task.target.model,
+        whole.shard(task.number, task.shards),
+        workload,
+        task.number,
+        task.shards,
+    )
+    loop = asyncio.get_running_loop()
+    start: asyncio.Future[float] = loop.create_future()
+
+    def hear() -> None:
+        try:
+            word = connection.recv()
+        except EOFError:
+            os._exit(1)
+        if word is None:
+            shard.stop()
+            if not start.done():
+                start.cancel()
+        elif not start.done():
+            start.set_result(word)
+
+    def tell() -> None:
+        connection.send(shard.progress())
+        loop.call_later(_PROGRESS_S, tell)
+
+    loop.add_reader(connection.fileno(), hear)
+    tell()
+    await shard.connect()
+    # What lives now lives to the end; without it the collector has little to walk through.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    connection.send(Ready(task.number))
+    try:
+        return await shard.run(await start)
+    finally:
+        loop.remove_reader(connection.fileno())
+
+
+def load(config: FleetConfig, target: Target, inferences: int) -> Workload:
+    """Make the workload of a process."""
+    if config.workload == "echo":
+        return EchoWorkload(target.input_shapes[0], config.rows, config.seed, config.verify)
+    from edge.fleet.inputs import bundle_workload
+
+    return bundle_workload(config, inferences)

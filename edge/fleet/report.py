@@ -1,0 +1,416 @@
+"""All rows of a run -> one summary and its series over time.
+
+Definitions are in docs/fleet.md. Two rules hold everywhere: a latency counts from the schedule, and
+an inference that the cloud kept waiting until the deadline counts with the time it waited, so that
+giving up never makes a percentile look better.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge.fleet import result
+from edge.fleet.config import FleetConfig
+from edge.fleet.result import Table
+from edge.fleet.stats import Sample, use
+
+LAG_BOUND_S = 0.05
+CPU_BOUND = 0.9
+CPU_LAG_BOUND_S = 0.01
+
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
+
+Percentiles = dict[str, float | None]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """The run second by second: lists of one length; NaN where nothing is known.
+
+    Attributes:
+        second: the start of each second, counted from the start of the run.
+        offered: requests due per second (inferences times rounds).
+        answered: requests answered per second.
+        p50_s: median latency of the inferences that fell due in that second.
+        p99_s: their 99th percentile (the largest, where there are fewer than 100).
+        batch_rows: mean rows of the cloud's batches.
+        engine_busy: share of the second in which the engine computed.
+        latencies_s: (q, latency) points of the latency's distribution, for a plot.
+    """
+
+    second: list[float]
+    offered: list[float]
+    answered: list[float]
+    p50_s: list[float]
+    p99_s: list[float]
+    batch_rows: list[float]
+    engine_busy: list[float]
+    latencies_s: list[tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run says.
+
+    Every inference that fell due is in exactly one of ok, failed, wrong, unsent and stopped.
+
+    Attributes:
+        valid: whether the figures are the cloud's, and not the generator's own limit.
+        invalid_reason: one sentence where they are not.
+        interrupted: the run was stopped before its end.
+        workload: ``bundle`` or ``echo``.
+        mode: what leaves the devices: the bundle's mode, or ``echo``.
+        model: the model's name.
+        stem: ``cached`` (computed once per input, not charged per inference) or ``none``.
+        verified: every answer was compared with the locally computed one.
+        clients: devices, each with a stream.
+        processes: how many processes held them.
+        duration_s: for how long inferences fell due.
+        elapsed_s: until the last one ended.
+        seed: of the schedule.
+        group_size: rows per request.
+        rounds: requests per inference.
+        offered_rate: requests due per second.
+        throughput: requests answered per second, within ``duration_s``.
+        offered_inferences_per_s: inferences due per second.
+        inferences_per_s: of those, answered right, per second of ``duration_s``.
+        rows_per_s: rows answered per second, within ``duration_s``.
+        inferences: inferences that fell due.
+        ok: answered right.
+        failed: by HTTP status, or ``timeout``, ``connection``, ``answer`` (not what was asked).
+        wrong: answered with other values than the local ones.
+        unsent: due, but nothing left the device before the deadline.
+        stopped: under way when the run was interrupted.
+        requests: messages sent, retries included.
+        retries: messages sent again.
+        reconnects: streams opened again.
+        duplicates: second answers to one message.
+        late: answers after the device had given up.
+        misrouted: answers that came to another device.
+        unmatched: answers that nobody had asked for.
+        unreadable: messages that were no response.
+        latency_s: of inferences, from the scheduled send.
+        latency_from_send_s: of inferences, from the real send.
+        generator_lag_s: real minus scheduled time of the first message.
+        queue_s: waiting in the cloud, per request, by the cloud's clock (mean).
+        compute_s: the engine's step, per request, by the cloud's clock (mean).
+        batch_rows_mean: rows per batch, from the replica's statistics; None where it gives none.
+        batch_rows_per_request: rows of the batch that a request was in, on average.
+        engine_busy_ratio: share of time the engine computed; None where it gives no statistics.
+        generator_cpu_s_per_request: processor time of all processes per message sent.
+        generator_cpu_ratio: of the busiest process, in cores.
+        bytes_up_per_input: sent per classified input, all rounds.
+        bytes_down_per_input: received per classified input, all rounds.
+        accuracy_cloud: share of inputs with the labelled class, by way of the cloud.
+        accuracy_local: the same inputs, computed locally.
+        series: the run second by second; not in the JSON.
+    """
+
+    valid: bool
+    invalid_reason: str | None
+    interrupted: bool
+    workload: str
+    mode: str
+    model: str
+    stem: str
+    verified: bool
+    clients: int
+    processes: int
+    duration_s: float
+    elapsed_s: float
+    seed: int
+    group_size: int
+    rounds: int
+    offered_rate: float
+    throughput: float
+    offered_inferences_per_s: float
+    inferences_per_s: float
+    rows_per_s: float
+    inferences: int
+    ok: int
+    failed: dict[str, int]
+    wrong: int
+    unsent: int
+    stopped: int
+    requests: int
+    retries: int
+    reconnects: int
+    duplicates: int
+    late: int
+    misrouted: int
+    unmatched: int
+    unreadable: int
+    latency_s: Percentiles
+    latency_from_send_s: Percentiles
+    generator_lag_s: Percentiles
+    queue_s: float | None
+    compute_s: float | None
+    batch_rows_mean: float | None
+    batch_rows_per_request: float | None
+    engine_busy_ratio: float | None
+    generator_cpu_s_per_request: float | None
+    generator_cpu_ratio: float
+    bytes_up_per_input: float | None
+    bytes_down_per_input: float | None
+    accuracy_cloud: float | None
+    accuracy_local: float | None
+    series: Series = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the series, ready for JSON."""
+        return {
+            item.name: getattr(self, item.name)
+            for item in dataclasses.fields(self)
+            if item.name != "series"
+        }
+
+    @property
+    def exit_code(self) -> int:
+        """0: valid, and every inference answered right; 1: the cloud failed some; 3: invalid."""
+        if not self.valid:
+            return 3
+        strays = self.duplicates + self.misrouted + self.unmatched + self.unreadable
+        clean = not (self.failed or self.wrong or self.unsent or strays) and self.ok > 0
+        return 0 if clean else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything that was recorded, merged over the shards.
+
+    Attributes:
+        config: what was simulated.
+        model: the model's name.
+        mode: the bundle's mode, or ``echo``.
+        rounds: requests per inference.
+        group_size: rows per request.
+        table: a row per inference that fell due.
+        answered: (seconds, 2) messages and rows answered per second.
+        counters: the shards' counters, added up.
+        cpu_s: processor time of each shard.
+        busy_ratios: of each shard, its share of a core while inferences fell due.
+        window_s: for how long inferences fell due.
+        elapsed_s: until the last one ended.
+        interrupted: the run was stopped before its end.
+        start_s: the common start by the monotonic clock.
+        samples: the cloud's statistics.
+    """
+
+    config: FleetConfig
+    model: str
+    mode: str
+    rounds: int
+    group_size: int
+    table: Table
+    answered: npt.NDArray[np.int64]
+    counters: Mapping[str, int]
+    cpu_s: Sequence[float]
+    busy_ratios: Sequence[float]
+    window_s: float
+    elapsed_s: float
+    interrupted: bool
+    start_s: float
+    samples: Sequence[Sample]
+
+
+def percentiles(values: Floats) -> Percentiles:
+    """Observed values at the quantiles, and the largest; None where samples are too few.
+
+    A quantile q needs 1 / (1 - q) samples: below that nothing was seen beyond it, and a figure
+    would be made up.
+    """
+    ordered = np.sort(values)
+    count = len(ordered)
+    figures: Percentiles = {
+        name: float(ordered[math.ceil(q * count) - 1]) if count * (1 - q) > 1 - 1e-9 else None
+        for name, q in QUANTILES.items()
+    }
+    figures["max"] = float(ordered[-1]) if count else None
+    return figures
+
+
+def waited(table: Table) -> npt.NDArray[np.bool_]:
+    """Which inferences have a latency: answered, or kept waiting until the deadline.
+
+    A refusal is quick and says nothing about how long an answer takes; it counts as a failure.
+    """
+    statuses = (result.OK, result.WRONG, result.TIMEOUT, result.UNSENT)
+    kept: npt.NDArray[np.bool_] = np.isin(table["status"], statuses) & ~np.isnan(table["done_s"])
+    return kept
+
+
+def generator_lag(table: Table, elapsed_s: float) -> Floats:
+    """How late each first message was ready, in seconds; one never begun is late until the end."""
+    lag = table["lag_s"].astype(np.float64)
+    return np.where(np.isnan(lag), elapsed_s - table["scheduled_s"], lag)
+
+
+def invalid_reason(lag_p99_s: float, cpu_ratio: float, inferences: int) -> str | None:
+    """Say why the figures are not the cloud's; None where they are."""
+    if not inferences:
+        return "no inference fell due, so there is nothing to report"
+    if lag_p99_s > LAG_BOUND_S:
+        return (
+            f"generator lag p99 is {lag_p99_s * 1e3:.0f} ms, expected at most "
+            f"{LAG_BOUND_S * 1e3:.0f} ms: the generator was the limit, not the cloud"
+        )
+    if cpu_ratio > CPU_BOUND and lag_p99_s > CPU_LAG_BOUND_S:
+        return (
+            f"a generator process used {cpu_ratio:.0%} of a core and lagged "
+            f"{lag_p99_s * 1e3:.0f} ms at p99: the generator was the limit, not the cloud"
+        )
+    return None
+
+
+def summarise(run: Run) -> Summary:
+    """Fold a run into its summary."""
+    table, config, counters = run.table, run.config, run.counters
+    statuses, counts = np.unique(table["status"], return_counts=True)
+    by_status = dict(zip(statuses.tolist(), counts.tolist(), strict=True))
+    ok = by_status.pop(result.OK, 0)
+    wrong = by_status.pop(result.WRONG, 0)
+    unsent = by_status.pop(result.UNSENT, 0)
+    stopped = by_status.pop(result.STOPPED, 0)
+    failed = {result.STATUS_NAMES.get(code, str(code)): n for code, n in by_status.items()}
+
+    kept = table[waited(table)]
+    sent = kept[~np.isnan(kept["sent_s"])]
+    lag = percentiles(generator_lag(table, run.elapsed_s))
+    lag_p99_s = lag["p99"] if lag["p99"] is not None else lag["max"] or 0.0
+    cpu_ratio = max(run.busy_ratios, default=0.0)
+    reason = invalid_reason(lag_p99_s, cpu_ratio, len(table))
+
+    answered = table[np.isin(table["status"], (result.OK, result.WRONG))]
+    inputs = len(answered) * run.group_size
+    rounds = int(table["rounds"].sum())
+    window_s = run.window_s or math.nan
+    in_window = (table["status"] == result.OK) & (table["done_s"] < run.window_s)
+    # Without the drain at the end, in which the engine has little to do.
+    during = [s for s in run.samples if s.at_s <= run.start_s + run.window_s + 1]
+    cloud = use(during if len(during) > 1 else run.samples)
+    bundle = config.workload == "bundle"
+
+    def share(column: str, known: bool) -> float | None:
+        return float(answered[column].sum()) / inputs if inputs and known else None
+
+    def per_request(column: str) -> float | None:
+        return float(table[column].sum(dtype=np.float64)) / rounds if rounds else None
+
+    requests = counters["requests_sent"]
+    return Summary(
+        valid=reason is None,
+        invalid_reason=reason,
+        interrupted=run.interrupted,
+        workload=config.workload,
+        mode=run.mode,
+        model=run.model,
+        stem="cached" if bundle else "none",
+        verified=config.verify,
+        clients=config.devices,
+        processes=len(run.cpu_s),
+        duration_s=run.window_s,
+        elapsed_s=run.elapsed_s,
+        seed=config.seed,
+        group_size=run.group_size,
+        rounds=run.rounds,
+        offered_rate=len(table) * run.rounds / window_s,
+        throughput=counters["requests_in_window"] / window_s,
+        offered_inferences_per_s=len(table) / window_s,
+        inferences_per_s=int(in_window.sum()) / window_s,
+        rows_per_s=counters["rows_in_window"] / window_s,
+        inferences=len(table),
+        ok=ok,
+        failed=failed,
+        wrong=wrong,
+        unsent=unsent,
+        stopped=stopped,
+        requests=requests,
+        **{
+            name: counters[name]
+            for name in (
+                "retries",
+                "reconnects",
+                "duplicates",
+                "late",
+                "misrouted",
+                "unmatched",
+                "unreadable",
+            )
+        },
+        latency_s=percentiles(kept["done_s"] - kept["scheduled_s"]),
+        latency_from_send_s=percentiles(sent["done_s"] - sent["sent_s"]),
+        generator_lag_s=lag,
+        queue_s=per_request("queue_s"),
+        compute_s=per_request("compute_s"),
+        batch_rows_mean=cloud.batch_rows_mean,
+        batch_rows_per_request=per_request("batch_rows"),
+        engine_busy_ratio=cloud.busy_ratio,
+        generator_cpu_s_per_request=sum(run.cpu_s) / requests if requests else None,
+        generator_cpu_ratio=cpu_ratio,
+        bytes_up_per_input=share("bytes_up", True),
+        bytes_down_per_input=share("bytes_down", True),
+        accuracy_cloud=share("correct", bundle),
+        accuracy_local=share("correct_local", bundle and config.verify),
+        series=series(run),
+    )
+
+
+def series(run: Run) -> Series:
+    """Cut a run into seconds. The last second may be a part; its rates are scaled up."""
+    table = run.table
+    seconds = max(1, math.ceil(run.window_s))
+    widths = np.minimum(1.0, run.window_s - np.arange(seconds))
+    bins = np.minimum(table["scheduled_s"].astype(np.int64), seconds - 1)
+    offered = np.bincount(bins, minlength=seconds) * run.rounds / widths
+    answered = run.answered[:seconds, 0] / widths
+    kept = waited(table)
+    latency_s = table["done_s"] - table["scheduled_s"]
+    middle, tail = [], []
+    for second in range(seconds):
+        ordered = np.sort(latency_s[kept & (bins == second)])
+        count = len(ordered)
+        middle.append(float(ordered[math.ceil(count * 0.5) - 1]) if count else math.nan)
+        tail.append(float(ordered[math.ceil(count * 0.99) - 1]) if count else math.nan)
+    batch_rows, busy = _engine(run, seconds)
+    return Series(
+        second=[float(second) for second in range(seconds)],
+        offered=offered.tolist(),
+        answered=answered.tolist(),
+        p50_s=middle,
+        p99_s=tail,
+        batch_rows=batch_rows,
+        engine_busy=busy,
+        latencies_s=distribution(latency_s[kept]),
+    )
+
+
+def distribution(latencies_s: Floats, points: int = 400) -> list[tuple[float, float]]:
+    """(share of inferences, latency that many do not exceed): at most ``points`` + 1 pairs."""
+    ordered = np.sort(latencies_s)
+    count = len(ordered)
+    ranks = np.unique(np.linspace(1, count, min(points, count)).astype(int))
+    return [(float(rank / count), float(ordered[rank - 1])) for rank in ranks]
+
+
+def _engine(run: Run, seconds: int) -> tuple[list[float], list[float]]:
+    """Batch rows and engine use per second, from neighbouring samples of one replica."""
+    rows, busy = [math.nan] * seconds, [math.nan] * seconds
+    last: dict[str, Sample] = {}
+    for sample in run.samples:
+        before = last.get(sample.replica)
+        last[sample.replica] = sample
+        second = int(sample.at_s - run.start_s)
+        if before is None or not 0 <= second < seconds:
+            continue
+        between = use([before, sample])
+        rows[second] = math.nan if between.batch_rows_mean is None else between.batch_rows_mean
+        busy[second] = math.nan if between.busy_ratio is None else between.busy_ratio
+    return rows, busy

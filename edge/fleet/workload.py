@@ -1,0 +1,187 @@
+"""What a device asks of the cloud, and which answer is right.
+
+A workload starts one generator per inference: it yields each round, is sent the decoded response,
+and returns an :class:`Outcome`. The shard that drives it knows sockets and time, the workload knows
+values.
+
+    bundle   real inputs: mixing, de-mixing, bridges and head run, with fresh coefficients per round
+    echo     noise that a cloud without a model sends back: the load without the arithmetic
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from datamix.errors import AnswerError
+from datamix.wire import Response
+from edge.session import Device, Round, infer_group
+
+if TYPE_CHECKING:
+    from datamix.bundle import Manifest
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an answered inference was worth.
+
+    Attributes:
+        wrong: an answer differed from the locally computed one.
+        correct: how many of the group's inputs got their labelled class; 0 without labels.
+        correct_local: the same for the classes computed locally; 0 without a reference.
+    """
+
+    wrong: bool = False
+    correct: int = 0
+    correct_local: int = 0
+
+
+Inference = Generator[Round, Response, Outcome]
+
+
+class Workload(Protocol):
+    """One kind of question; one instance serves all devices of a process."""
+
+    rows: int
+    rounds: int
+
+    def start(self, index: int) -> Inference:
+        """Begin the fleet's inference number ``index``."""
+        ...
+
+
+class EchoWorkload:
+    """Rows of noise, for a cloud that answers with the very rows it got.
+
+    Every message differs from every other in the first values of each row, which spell the
+    inference's number, so that an answer that belongs to another request is seen.
+    """
+
+    rounds = 1
+    _POOL = 64  # messages of noise to choose from; what differs is stamped onto a copy
+    _DIGIT = 1024  # float16 holds whole numbers exactly up to 2048
+
+    def __init__(self, shape: tuple[int, ...], rows: int, seed: int, verify: bool) -> None:
+        """Draw the noise: rows of ``shape``, float16, so that the wire changes nothing."""
+        self.rows = rows
+        self.verify = verify
+        noise = np.random.default_rng(seed).standard_normal((self._POOL, rows, *shape), np.float32)
+        self._pool = noise.astype(np.float16)
+
+    def start(self, index: int) -> Inference:
+        """Send one message of noise and compare the answer bit by bit."""
+        features = self._pool[index % self._POOL].copy()
+        stamp = features.reshape(self.rows, -1)[:, :3]
+        for place in range(stamp.shape[1]):
+            stamp[:, place] = index // self._DIGIT**place % self._DIGIT
+        stamp[:, 0] += np.arange(self.rows) % self._DIGIT
+        response = yield Round(0, features)
+        if response.features.shape != features.shape:
+            raise AnswerError(
+                f"the answer has shape {response.features.shape}, expected {features.shape}"
+            )
+        return Outcome(self.verify and response.features.tobytes() != features.tobytes())
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What each block answers for each input, computed locally from the same bundle.
+
+    Attributes:
+        outputs: per block, (n, *output_shape) float32.
+        bounds: per block, the largest deviation that the arithmetic explains, same shape.
+    """
+
+    outputs: tuple[Floats, ...]
+    bounds: tuple[Floats, ...]
+
+
+class _Checked:
+    """A device that compares what it de-mixed with the reference, and otherwise is the device."""
+
+    __slots__ = ("_chosen", "_device", "_reference", "wrong")
+
+    def __init__(self, device: Device, reference: Reference, chosen: Array) -> None:
+        self._device = device
+        self._reference = reference
+        self._chosen = chosen
+        self.wrong = False
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._device.manifest
+
+    def preprocess(self, raw: Array) -> Floats:
+        return self._device.preprocess(raw)
+
+    def stem(self, inputs: Array) -> Floats:
+        return self._device.stem(inputs)
+
+    def bridge(self, index: int, features: Array) -> Floats:
+        self._compare(index, features)
+        return self._device.bridge(index, features)
+
+    def head(self, features: Array) -> Floats:
+        self._compare(len(self._reference.outputs) - 1, features)
+        return self._device.head(features)
+
+    def _compare(self, block: int, features: Array) -> None:
+        deviation = np.abs(features - self._reference.outputs[block][self._chosen])
+        if (deviation > self._reference.bounds[block][self._chosen]).any():
+            self.wrong = True
+
+
+class BundleWorkload:
+    """Groups of real inputs through stem (cached), mixing, cloud, de-mixing, bridges and head."""
+
+    def __init__(
+        self,
+        device: Device,
+        features: Floats,
+        labels: Array | None,
+        choice: Array,
+        reference: Reference | None,
+    ) -> None:
+        """Take what was computed once per process.
+
+        Args:
+            device: bridges, head and manifest.
+            features: (n, C, H, W) float32, the stem's output for each input.
+            labels: (n,) the inputs' classes, or None.
+            choice: (inferences, K) which inputs each inference classifies.
+            reference: what the answers must be; None to take them as they come.
+        """
+        self.rows = device.manifest.group_size
+        self.rounds = len(device.manifest.blocks)
+        self._device = device
+        self._features = features
+        self._labels = labels
+        self._choice = choice
+        self._reference = reference
+
+    def start(self, index: int) -> Inference:
+        """Infer one group."""
+        chosen = self._choice[index]
+        checked = (
+            None if self._reference is None else _Checked(self._device, self._reference, chosen)
+        )
+        inference = infer_group(checked or self._device, self._features[chosen])
+        question = next(inference)
+        while True:
+            response = yield question
+            try:
+                question = inference.send(response.values())
+            except StopIteration as end:
+                outputs: Floats = end.value
+                break
+        correct = 0
+        if self._labels is not None:
+            correct = int((outputs.argmax(axis=1) == self._labels[chosen]).sum())
+        return Outcome(checked is not None and checked.wrong, correct)
