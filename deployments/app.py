@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ray import serve
 from ray.serve import Application
 
@@ -13,17 +15,24 @@ _MAX_STREAMS = 100_000
 
 
 def app(config: Config) -> Application:
+    """Build the application for ``serve run`` and `deployments/serve.yaml`."""
+    return bind(config)
+
+
+def bind(config: Config, **options: Any) -> Application:
     """Bind one backbone as the ingress: HAProxy connects straight to its replicas.
 
-    Replicas and resources are `deployments/serve.yaml`'s business; what stands here are defaults.
+    Replicas and resources are `deployments/serve.yaml`'s business; what stands here are defaults,
+    which ``options`` (those of ``serve.deployment``) override.
     """
-    deployment = serve.deployment(
-        name="Backbone",
-        max_ongoing_requests=_MAX_STREAMS,
-        health_check_period_s=1,
-        health_check_timeout_s=config.health_timeout_s + 2,
-        graceful_shutdown_timeout_s=20,
-        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if config.device != "cpu" else 0},
-    )
+    defaults = {
+        "name": "Backbone",
+        "max_ongoing_requests": _MAX_STREAMS,
+        "health_check_period_s": 1,
+        "health_check_timeout_s": config.health_timeout_s + 2,
+        "graceful_shutdown_timeout_s": 20,
+        "ray_actor_options": {"num_cpus": 1, "num_gpus": int(config.device != "cpu")},
+    }
+    deployment = serve.deployment(**(defaults | options))
     bound: Application = deployment(serve.ingress()(Backbone)).bind(config)
     return bound

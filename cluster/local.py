@@ -1,0 +1,241 @@
+"""An embedded cluster on this machine: its own Ray session, free ports, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datamix.errors import ConfigError, Unavailable
+
+if TYPE_CHECKING:
+    from deployments.config import Config
+
+APPLICATION = "datamix"
+
+# Read by Ray when it is imported, and by every process it starts: all of this must stand in the
+# environment before. On a real cluster the first two stand in cluster.yaml.
+_MODE = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+}
+# One machine, one session, one user: no telemetry, no tokens, and no waiting for load balancers
+# that are not there when it stops. Never for production.
+_EMBEDDED = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+    "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+    # Ray would otherwise ship the whole working folder's environment to each worker.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCluster:
+    """A running embedded cluster.
+
+    Attributes:
+        url: base URL of the front door, ``http://127.0.0.1:port``.
+        address: Ray's own address, for other Ray programs.
+        port: the front door's port.
+    """
+
+    url: str
+    address: str
+    port: int
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def check_port(port: int) -> None:
+    """Refuse a port that is taken.
+
+    Raises:
+        ConfigError: somebody listens there, or it may not be bound.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} cannot be used ({error.strerror}), choose another with --port"
+            ) from error
+
+
+def _free_range(size: int) -> int:
+    """Start of ``size`` ports in a row that are free now, below the ephemeral range."""
+    for start in range(20000, 32000, size):
+        try:
+            for port in (start, start + size // 2, start + size - 1):
+                check_port(port)
+        except ConfigError:
+            continue
+        return start
+    raise ConfigError("found no free range of ports between 20000 and 32000 for the replicas")
+
+
+def raise_descriptor_limit() -> int:
+    """Raise this process's file-descriptor limit to the most allowed; children inherit it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def max_streams(descriptors: int) -> int:
+    """How many connections HAProxy can be told to allow under a limit of ``descriptors``.
+
+    It refuses to start where they do not suffice: two sockets per connection, and with Ray's
+    ``option splice-*`` a pipe of two descriptors for every fourth.
+    """
+    return int((descriptors - 200) / 2.5)
+
+
+def _set_environment(folder: Path, descriptors: int) -> None:
+    if "ray" in sys.modules and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+        raise ConfigError(
+            "Ray was imported before RAY_SERVE_ENABLE_HA_PROXY=1 was set, so it would start "
+            "without HAProxy; import it later or set the variable first"
+        )
+    replica_ports = _free_range(100)
+    own = {
+        "RAY_SERVE_HAPROXY_MAXCONN": str(min(50_000, max_streams(descriptors))),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, (os.cpu_count() or 1) // 2)),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_ports),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_ports + 99),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+    }
+    os.environ.update(_MODE | _EMBEDDED | own)
+
+
+@contextlib.contextmanager
+def local_cluster(
+    config: Config,
+    *,
+    port: int | None = None,
+    replicas: int = 1,
+    say: Callable[[str], None] = lambda line: None,
+) -> Iterator[LocalCluster]:
+    """Start Ray on this machine, deploy ``config``, wait until it answers; take all of it down.
+
+    Args:
+        config: the application's settings.
+        port: the front door's port on 127.0.0.1; None for a free one.
+        replicas: how many replicas to run.
+        say: called with one line of progress before each step.
+
+    Raises:
+        ConfigError: the port is taken, or Ray was imported too early.
+        Unavailable: the application did not come up.
+    """
+    if port is None:
+        port = free_port()
+    else:
+        check_port(port)
+    # Short, because unix socket paths end at 107 characters; Ray and HAProxy add long names.
+    folder = Path(tempfile.mkdtemp(prefix="dmx-"))
+    try:
+        _set_environment(folder, raise_descriptor_limit())
+        import ray
+        from ray import serve
+
+        say("starting Ray")
+        try:
+            context = ray.init(
+                address="local",
+                # Logical, not real: the replica and Serve's own actors must fit on any machine.
+                num_cpus=max(4, replicas + 3),
+                object_store_memory=100 << 20,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+                _temp_dir=str(folder),
+            )
+            say("deploying the backbone")
+            url = deploy(config, port=port, replicas=replicas)
+            yield LocalCluster(url, context.address_info["address"], port)
+        finally:
+            say("taking the cluster down")
+            if ray.is_initialized():
+                with contextlib.suppress(Exception):
+                    serve.shutdown()
+                ray.shutdown()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def deploy(
+    config: Config, *, port: int, replicas: int = 1, host: str = "127.0.0.1", timeout_s: float = 90
+) -> str:
+    """Deploy on the cluster that Ray is connected to and wait until it answers; return the URL.
+
+    Raises:
+        Unavailable: the application failed, or did not answer in ``timeout_s``.
+    """
+    from ray import serve
+
+    from deployments.app import bind
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(http_options={"host": host, "port": port})
+    try:
+        serve.run(bind(config, num_replicas=replicas), name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise Unavailable(f"the application did not start: {_last_line(str(error))}") from error
+    url = f"http://127.0.0.1:{port}"
+    wait_ready(url, timeout_s)
+    return url
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"
+
+
+def wait_ready(url: str, timeout_s: float) -> None:
+    """Wait until ``GET /v2/health/ready`` answers 200.
+
+    Raises:
+        Unavailable: it did not in ``timeout_s``.
+    """
+    deadline = time.monotonic() + timeout_s
+    last = "no answer"
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/v2/health/ready", timeout=5) as answer:
+                if json.load(answer).get("ready"):
+                    return
+        except (OSError, ValueError) as error:
+            last = str(error)
+        time.sleep(0.1)
+    raise Unavailable(f"{url} was not ready after {timeout_s:g} s: {last}")
