@@ -1,0 +1,381 @@
+"""A trained model on disk: ``manifest.json`` and the weights of the two sides, apart.
+
+    manifest.json          what the model is; names, shapes, hashes      (both sides)
+    device.safetensors     stem, bridges, head                           (the device)
+    backbone.safetensors   blocks                                        (the cloud)
+
+A bundle is foreign input. Reading checks the schema, the sizes, the sha256 of the exact bytes and
+the name, type and shape of every tensor, and refuses what it does not know. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+import pyarrow.fs
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+
+from datamix.errors import BundleError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from datamix.models import SplitModel
+
+_WeightFile = Literal["device.safetensors", "backbone.safetensors"]
+
+MANIFEST = "manifest.json"
+DEVICE: Final = "device.safetensors"
+BACKBONE: Final = "backbone.safetensors"
+
+MAX_MANIFEST_BYTES = 1 << 20
+_MAX_HEADER_BYTES = 1 << 20  # of a safetensors file: names, types and shapes
+_MAX_VALUES = 1 << 26  # of one feature tensor: 256 MiB in float32
+
+Side = Literal["device", "backbone"]
+_FILES: Mapping[Side, _WeightFile] = {"device": DEVICE, "backbone": BACKBONE}
+
+_Extent = Annotated[int, Field(ge=1, le=65_536)]
+_Shape = tuple[_Extent, _Extent, _Extent]
+_Text = Annotated[str, Field(max_length=256)]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class BlockShape(_Strict):
+    """Shapes (C, H, W) of one block's rows, in and out."""
+
+    input_shape: _Shape
+    output_shape: _Shape
+
+    @model_validator(mode="after")
+    def _fits(self) -> BlockShape:
+        for channels, height, width in (self.input_shape, self.output_shape):
+            if channels * height * width > _MAX_VALUES:
+                raise ValueError(f"a row has more than {_MAX_VALUES} values")
+        return self
+
+
+class ArchitectureSpec(_Strict):
+    """What :func:`datamix.models.build` needs."""
+
+    name: _Text
+    options: Annotated[dict[_Text, int | _Text], Field(max_length=64)] = {}
+
+
+class Preprocessing(_Strict):
+    """From raw uint8 pixels: ``(pixel / 255 - mean) / std`` per channel.
+
+    ``input_shape`` is (C, H, W); ``mean`` and ``std`` have C values each.
+    """
+
+    kind: Literal["image"]
+    input_shape: _Shape
+    mean: Annotated[tuple[FiniteFloat, ...], Field(max_length=1024)]
+    std: Annotated[tuple[Annotated[FiniteFloat, Field(gt=0)], ...], Field(max_length=1024)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Preprocessing:
+        channels = self.input_shape[0]
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise ValueError(f"mean and std need {channels} values each, one per channel")
+        return self
+
+
+class Manifest(_Strict):
+    """What a bundle says about itself.
+
+    Attributes:
+        schema_version: of this file's layout.
+        name: of the model, ``[a-z0-9][a-z0-9._-]{0,63}``.
+        version: of the model, ``[0-9A-Za-z._-]{1,32}``.
+        mode: for which mode it was trained (docs/privacy.md).
+        group_size: K, how many inputs are mixed together.
+        blocks: one entry per round.
+        architecture: name and options for :func:`datamix.models.build`.
+        preprocessing: from raw inputs to what the stem takes.
+        class_names: one per output.
+        wire_dtype: the type features were checked with on the wire.
+        tolerance: largest error of de-mixed block outputs that is the arithmetic's, relative to
+            ``max(1, |value|)``; more than that is somebody's bug.
+        metrics: as recorded at training.
+        hashes: sha256 of the exact bytes of both weight files.
+    """
+
+    schema_version: Literal[1]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    version: Annotated[str, Field(pattern=r"^[0-9A-Za-z._-]{1,32}$")]
+    mode: Literal["mix", "bounded", "split"]
+    group_size: Annotated[int, Field(ge=1, le=1024)]
+    blocks: Annotated[tuple[BlockShape, ...], Field(min_length=1, max_length=64)]
+    architecture: ArchitectureSpec
+    preprocessing: Preprocessing
+    class_names: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=10_000)]
+    wire_dtype: Literal["float16"]
+    tolerance: Annotated[FiniteFloat, Field(gt=0, le=1)]
+    metrics: Annotated[dict[_Text, FiniteFloat], Field(max_length=256)]
+    hashes: dict[_WeightFile, _Sha256]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Manifest:
+        if set(self.hashes) != {DEVICE, BACKBONE}:
+            raise ValueError(f"hashes need {DEVICE} and {BACKBONE}")
+        return self
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read and check a bundle's manifest; the weights are not touched.
+
+    Args:
+        path: the bundle's folder, a local path or a ``pyarrow.fs`` URI (``s3://``, ``gs://``...).
+
+    Raises:
+        BundleError: missing, unreadable, too large, or not a valid manifest.
+    """
+    body = _read(path, MANIFEST, MAX_MANIFEST_BYTES)
+    try:
+        return Manifest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part)[:64] for part in first["loc"]) or "the file"
+        raise BundleError(f"{MANIFEST}: {where}: {_one_line(first['msg'])}") from None
+
+
+def load_backbone(path: str | Path) -> tuple[Manifest, nn.ModuleList]:
+    """Load the cloud's side: the blocks, in eval mode, float32. The device's file may be absent.
+
+    Raises:
+        BundleError: a file that is missing, changed, or not what the manifest declares.
+    """
+    manifest = read_manifest(path)
+    model = _load_side(path, manifest, "backbone")
+    return manifest, model.blocks
+
+
+def load_device(path: str | Path) -> tuple[Manifest, nn.Module, nn.ModuleList, nn.Module]:
+    """Load the device's side: stem, bridges and head, in eval mode, float32.
+
+    The backbone's file may be absent.
+
+    Raises:
+        BundleError: a file that is missing, changed, or not what the manifest declares.
+    """
+    manifest = read_manifest(path)
+    model = _load_side(path, manifest, "device")
+    return manifest, model.stem, model.bridges, model.head
+
+
+def save_bundle(
+    path: str | Path,
+    model: SplitModel,
+    *,
+    name: str,
+    version: str,
+    mode: Literal["mix", "bounded", "split"],
+    group_size: int,
+    architecture: ArchitectureSpec,
+    preprocessing: Preprocessing,
+    class_names: tuple[str, ...],
+    tolerance: float,
+    metrics: Mapping[str, float],
+) -> Manifest:
+    """Write a bundle to a new local folder.
+
+    Everything is written beside ``path`` first and renamed in one step: a reader sees the whole
+    bundle or none. An existing folder is never replaced.
+
+    Raises:
+        BundleError: ``path`` exists, or a field or shape is not valid.
+    """
+    from safetensors.torch import save
+
+    from datamix.models import block_shapes
+
+    target = Path(path)
+    if target.exists():
+        raise BundleError(f"{target} exists already, expected a new folder")
+    files: dict[str, bytes] = {file: save(_tensors(model, side)) for side, file in _FILES.items()}
+    try:
+        manifest = Manifest.model_validate(
+            {
+                "schema_version": 1,
+                "name": name,
+                "version": version,
+                "mode": mode,
+                "group_size": group_size,
+                "blocks": tuple(
+                    BlockShape(input_shape=inputs, output_shape=outputs)
+                    for inputs, outputs in block_shapes(model)
+                ),
+                "architecture": architecture,
+                "preprocessing": preprocessing,
+                "class_names": class_names,
+                "wire_dtype": "float16",
+                "tolerance": tolerance,
+                "metrics": dict(metrics),
+                "hashes": {file: hashlib.sha256(body).hexdigest() for file, body in files.items()},
+            }
+        )
+    except ValidationError as error:
+        raise BundleError(f"cannot save: {_one_line(str(error.errors()[0]['msg']))}") from None
+    _check_model(manifest, _skeleton(manifest))
+    files[MANIFEST] = (manifest.model_dump_json(indent=2) + "\n").encode()
+    _write_folder(target, files)
+    return manifest
+
+
+# ------------------------------------------------------------------ weights
+
+
+def _tensors(model: SplitModel, side: Side) -> dict[str, Tensor]:
+    """The named tensors of one side."""
+    return {
+        name: tensor.detach().contiguous()
+        for name, tensor in model.state_dict().items()
+        if name.startswith("blocks.") == (side == "backbone")
+    }
+
+
+def _skeleton(manifest: Manifest) -> SplitModel:
+    """The declared architecture without values, so that a hostile one costs no memory."""
+    import torch
+
+    from datamix.models import Architecture, build
+
+    spec = manifest.architecture
+    try:
+        with torch.device("meta"):
+            return build(Architecture(spec.name, spec.options)).eval()
+    except ConfigError as error:
+        raise BundleError(f"{MANIFEST}: architecture: {error}") from None
+
+
+def _check_model(manifest: Manifest, model: SplitModel) -> None:
+    """Refuse a manifest whose shapes are not those of its own architecture."""
+    from datamix.models import block_shapes
+
+    declared = [(block.input_shape, block.output_shape) for block in manifest.blocks]
+    actual = block_shapes(model)
+    if declared != actual:
+        raise BundleError(f"{MANIFEST}: blocks are {declared}, expected {actual}")
+    if manifest.preprocessing.input_shape != model.input_shape:
+        raise BundleError(
+            f"{MANIFEST}: input_shape is {manifest.preprocessing.input_shape},"
+            f" expected {model.input_shape}"
+        )
+    if len(manifest.class_names) != model.classes:
+        raise BundleError(
+            f"{MANIFEST}: {len(manifest.class_names)} class_names, expected {model.classes}"
+        )
+
+
+def _load_side(path: str | Path, manifest: Manifest, side: Side) -> SplitModel:
+    """Fill one side of the declared model with checked weights; the other stays on meta."""
+    import torch
+    from safetensors.torch import load
+
+    model = _skeleton(manifest)
+    _check_model(manifest, model)
+    expected = _tensors(model, side)
+    values = sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
+    file = _FILES[side]
+    body = _read(path, file, values + _MAX_HEADER_BYTES)
+    if hashlib.sha256(body).hexdigest() != manifest.hashes[file]:
+        raise BundleError(f"{file}: sha256 differs from the manifest's; the file was changed")
+    _check_header(file, body, expected)
+    try:
+        tensors = load(body)
+    except Exception as error:  # safetensors raises its own type, and others on odd headers
+        raise BundleError(f"{file}: not valid safetensors: {_one_line(str(error))}") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise BundleError(f"{file}: tensor {name!r} holds NaN or Inf")
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.requires_grad_(False)
+    return model
+
+
+def _check_header(file: str, body: bytes, expected: Mapping[str, Tensor]) -> None:
+    """Compare a safetensors header with the declared tensors before any value is read."""
+    import torch
+
+    names = {torch.float32: "F32", torch.int64: "I64"}
+    try:
+        (length,) = struct.unpack_from("<Q", body)
+        if length > len(body) - 8:
+            raise ValueError("the header is longer than the file")
+        header: dict[str, Any] = json.loads(body[8 : 8 + length])
+        found = {
+            key: (entry["dtype"], tuple(entry["shape"]))
+            for key, entry in header.items()
+            if key != "__metadata__"
+        }
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise BundleError(f"{file}: not valid safetensors") from None
+    wanted = {key: (names[tensor.dtype], tuple(tensor.shape)) for key, tensor in expected.items()}
+    if extra := sorted(found.keys() - wanted.keys()):
+        raise BundleError(f"{file}: unknown tensor {extra[0][:128]!r}")
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise BundleError(f"{file}: tensor {missing[0]!r} is missing")
+    for key, want in wanted.items():
+        if found[key] != want:
+            raise BundleError(f"{file}: tensor {key!r} is {found[key]}, expected {want}")
+
+
+# ------------------------------------------------------------------ files
+
+
+def _read(path: str | Path, file: str, max_bytes: int) -> bytes:
+    """Exact bytes of ``path/file``, refused unread when there are more than ``max_bytes``."""
+    try:
+        if isinstance(path, str) and re.match(r"^[A-Za-z][A-Za-z0-9+.-]*://", path):
+            system, folder = pyarrow.fs.FileSystem.from_uri(path)
+        else:
+            system, folder = pyarrow.fs.LocalFileSystem(), os.path.abspath(path)
+        full = f"{folder.rstrip('/')}/{file}"
+        info = system.get_file_info(full)
+        if info.type != pyarrow.fs.FileType.File:
+            raise BundleError(f"no {file} in bundle {str(path)!r}")
+        if info.size is None or info.size > max_bytes:
+            raise BundleError(f"{file} has {info.size} bytes, expected at most {max_bytes}")
+        with system.open_input_stream(full) as stream:
+            body = bytes(stream.read(max_bytes + 1))
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise BundleError(f"{file} cannot be read: {_one_line(str(error))}") from None
+    if len(body) > max_bytes:
+        raise BundleError(f"{file} has more than {max_bytes} bytes")
+    return body
+
+
+def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        for file, body in files.items():
+            with open(temporary / file, "wb") as stream:
+                stream.write(body)
+                stream.flush()
+                os.fsync(stream.fileno())
+        temporary.chmod(0o755)
+        # Fails on a folder that came into being meanwhile, unless that one is empty.
+        temporary.rename(target)
+    except OSError as error:
+        raise BundleError(f"bundle cannot be written: {_one_line(str(error))}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
