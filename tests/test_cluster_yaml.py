@@ -1,0 +1,168 @@
+"""cluster.yaml against Ray's own schema, offline, and against traps it cannot see."""
+
+import copy
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+EXPORTS = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+}
+STARTS = ["head_start_ray_commands", "worker_start_ray_commands"]
+
+
+@pytest.fixture(scope="module")
+def config() -> dict[str, Any]:
+    loaded = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def constraints() -> dict[str, str]:
+    pins = re.findall(
+        r"^([\w.-]+)==([^\s;]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE
+    )
+    return {name.lower().replace("_", "-"): release for name, release in pins}
+
+
+def validate(config: dict[str, Any]) -> dict[str, Any]:
+    """What `ray up` does before it talks to the cloud; returns the config with Ray's defaults."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared: dict[str, Any] = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    return prepared
+
+
+def exports(commands: list[str]) -> dict[str, str]:
+    """The variables exported before `ray start` in the command that holds it."""
+    (start,) = [command for command in commands if "ray start" in command]
+    before, _, _ = start.partition("ray start")
+    words = shlex.split(before.replace(";", " ; "))
+    if "export" not in words:
+        return {}
+    words = words[words.index("export") + 1 :]
+    return dict(word.split("=", 1) for word in words[: words.index(";")])
+
+
+def missing(config: dict[str, Any]) -> list[str]:
+    """The start commands in which a variable of HAProxy mode does not stand."""
+    return [key for key in STARTS if not EXPORTS.items() <= exports(config[key]).items()]
+
+
+def test_ray_accepts_it(config: dict[str, Any]) -> None:
+    prepared = validate(config)
+    assert prepared["available_node_types"]["gpu_worker"]["max_workers"] == 8
+    # Nothing of Ray's default set-up (it installs a nightly) may be left in the merged config.
+    assert "ray-wheels" not in str(prepared) and "anaconda" not in str(prepared)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("idle_timeout_minutes",), "ten"),
+        (("no_such_setting",), 1),
+        (("docker", "imagge"), "x"),
+        (("head_node_type",), "none_of_them"),
+        (("available_node_types", "gpu_worker", "min_workers"), 99),
+        (("available_node_types", "gpu_worker", "resources", "GPU"), -1),
+    ],
+)
+def test_ray_refuses_a_broken_one(
+    config: dict[str, Any], path: tuple[str, ...], value: object
+) -> None:
+    from jsonschema import ValidationError
+
+    broken = copy.deepcopy(config)
+    place = broken
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises((ValidationError, ValueError)):
+        validate(broken)
+
+
+def test_both_kinds_of_node_start_in_haproxy_mode(config: dict[str, Any]) -> None:
+    assert missing(config) == []
+    head, worker = (exports(config[key]) for key in STARTS)
+    assert head == worker
+
+
+@pytest.mark.parametrize("key", STARTS)
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("RAY_SERVE_ENABLE_HA_PROXY=1", "RAY_SERVE_ENABLE_HA_PROXY=0"),
+        ("RAY_SERVE_THROUGHPUT_OPTIMIZED=1", ""),
+        ("export ", "env "),
+    ],
+)
+def test_a_node_without_haproxy_mode_is_found(
+    config: dict[str, Any], key: str, old: str, new: str
+) -> None:
+    broken = copy.deepcopy(config)
+    broken[key] = [command.replace(old, new) for command in broken[key]]
+    assert missing(broken) == [key]
+
+
+def test_the_variables_are_ones_that_this_ray_reads(config: dict[str, Any]) -> None:
+    import ray.serve._private.constants as constants
+
+    named = [n for n in exports(config[STARTS[0]]) if n.startswith("RAY_SERVE_")]
+    assert len(named) == 4
+    assert [name for name in named if not hasattr(constants, name)] == []
+
+
+def test_descriptors_suffice_for_haproxy(config: dict[str, Any]) -> None:
+    (limit,) = re.findall(r"nofile=(\d+)", " ".join(config["docker"]["run_options"]))
+    assert int(limit) >= 2 * int(exports(config[STARTS[0]])["RAY_SERVE_HAPROXY_MAXCONN"]) + 1024
+
+
+def test_threads_do_not_exceed_the_workers_cpus(config: dict[str, Any]) -> None:
+    cpus = config["available_node_types"]["gpu_worker"]["resources"]["CPU"]
+    assert int(exports(config[STARTS[1]])["RAY_SERVE_HAPROXY_NBTHREAD"]) <= cpus
+
+
+def test_image_and_packages_are_pinned(config: dict[str, Any], constraints: dict[str, str]) -> None:
+    import ray
+
+    image = config["docker"]["image"]
+    assert image == f"rayproject/ray:{constraints['ray']}-py311-gpu"
+    assert ray.__version__ == constraints["ray"]
+    assert "by pip-compile with Python 3.11" in (ROOT / "constraints.txt").read_text()
+    (install,) = config["setup_commands"]
+    words = shlex.split(install)
+    assert words[words.index("-c") + 1] in config["file_mounts"]
+    packages = [w.partition("[")[0] for w in words[words.index("-c") + 2 :]]
+    assert "torch" in packages and [p for p in packages if p not in constraints] == []
+    assert config["head_setup_commands"] == config["worker_setup_commands"] == []
+
+
+def test_the_pins_fit_pyproject(constraints: dict[str, str]) -> None:
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    parsed = [Requirement(line) for line in wanted]
+    unfit = [str(r) for r in parsed if constraints[r.name.lower()] not in r.specifier]
+    assert unfit == []
+
+
+def test_the_cloud_gets_neither_device_code_nor_device_weights(config: dict[str, Any]) -> None:
+    sources = set(config["file_mounts"].values())
+    assert sources == {"./datamix", "./deployments", "./bundles", "./constraints.txt"}
+    assert all((ROOT / source).exists() for source in sources)
+    assert "device.safetensors" in config["rsync_exclude"]
+
+
+def test_the_dashboard_listens_on_loopback_only(config: dict[str, Any]) -> None:
+    assert "--dashboard-host=127.0.0.1" in config[STARTS[0]][-1]
