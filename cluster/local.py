@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -170,7 +171,7 @@ def local_cluster(
 
         say("starting Ray")
         try:
-            context = ray.init(
+            ray.init(
                 address="local",
                 # Logical, not real: the replica and Serve's own actors must fit on any machine.
                 num_cpus=max(4, replicas + 3),
@@ -183,13 +184,17 @@ def local_cluster(
             )
             say("deploying the backbone")
             url = deploy(config, port=port, replicas=replicas)
-            yield LocalCluster(url, context.address_info["address"], port)
+            yield LocalCluster(url, ray.get_runtime_context().gcs_address, port)
         finally:
             say("taking the cluster down")
             if ray.is_initialized():
-                with contextlib.suppress(Exception):
-                    serve.shutdown()
-                ray.shutdown()
+                # Ray prints "ServeController.graceful_shutdown failed" to stdout on the way out
+                # (the controller dies while it answers); stdout belongs to reports and --json.
+                with contextlib.redirect_stdout(io.StringIO()):
+                    try:
+                        serve.shutdown()  # type: ignore[no-untyped-call]
+                    finally:
+                        ray.shutdown()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

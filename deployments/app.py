@@ -25,7 +25,7 @@ def bind(config: Config, **options: Any) -> Application:
     Replicas and resources are `deployments/serve.yaml`'s business; what stands here are defaults,
     which ``options`` (those of ``serve.deployment``) override.
     """
-    defaults = {
+    defaults: dict[str, Any] = {
         "name": "Backbone",
         "max_ongoing_requests": _MAX_STREAMS,
         "health_check_period_s": 1,

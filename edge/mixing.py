@@ -10,6 +10,7 @@ amplifies nothing (condition 1). The law of A buys no secrecy, whatever it is (d
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, NoReturn
 
@@ -84,6 +85,16 @@ def haar(group_size: int) -> Coefficients:
     orthogonal, triangle = np.linalg.qr(gaussian)
     orthogonal *= np.sign(np.diagonal(triangle))
     return Coefficients(orthogonal.astype(np.float32))
+
+
+def decoys(count: int, shape: tuple[int, ...]) -> Floats:
+    """Features that belong to no input, to fill up a group: ``(count, *shape)`` of unit variance.
+
+    Standard normal noise from the operating system's entropy; the features of a stem have zero mean
+    and unit variance too.
+    """
+    size = math.prod(shape)
+    return _gaussians(count * size).astype(np.float32).reshape(count, *shape)
 
 
 def mix(features: Array, coefficients: Coefficients) -> Floats:

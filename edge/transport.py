@@ -1,0 +1,249 @@
+"""Ways to the cloud behind one small interface: a stream, one request per connection use, or none.
+
+    StreamTransport      one WebSocket, many requests under way, answers matched by request id
+    UnaryTransport       one HTTP POST per request
+    InProcessTransport   a coroutine in this process, for tests and examples
+
+A transport makes one attempt. Whether to try again is the client's business (:mod:`edge.client`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import httpx
+from picows import WSCloseCode, WSError, WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
+
+from datamix import wire
+from datamix.errors import AnswerError, ConfigError, Unavailable, WireError, from_status
+
+# Ray Serve starts a task per request or stream that watches for disconnects. A stream notices by
+# itself, and a message then takes one queue less on its way (docs/decisions).
+_HEADERS = {"x-request-disconnect-disabled": "?1"}
+
+
+class Transport(Protocol):
+    """One attempt at one request."""
+
+    async def send(self, message: bytes, request_id: str, timeout_s: float) -> wire.Response:
+        """Send an encoded request and wait for its answer, whatever its status.
+
+        Raises:
+            Unavailable: no answer: connection refused or lost, or ``timeout_s`` passed.
+            AnswerError: an answer that is not a message of the protocol.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections; requests under way fail as unavailable."""
+        ...
+
+
+def check_url(url: str) -> str:
+    """A base URL without trailing slash.
+
+    Raises:
+        ConfigError: not ``http://host[:port]`` or ``https://host[:port]``.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"url is {url!r}, expected http://host:port or https://host:port")
+    return url.rstrip("/")
+
+
+class _Listener(WSListener):
+    """Puts whole messages together and hands them on."""
+
+    def __init__(self, on_message: Callable[[bytes], None], on_lost: Callable[[], None]) -> None:
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._fragments: list[bytes] = []
+
+    def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
+        if frame.msg_type == WSMsgType.CLOSE:
+            transport.disconnect()
+        elif frame.msg_type in (WSMsgType.BINARY, WSMsgType.CONTINUATION):
+            # A copy, because the frame's memory is used again when this returns.
+            self._fragments.append(frame.get_payload_as_bytes())
+            if frame.fin:
+                body, self._fragments = b"".join(self._fragments), []
+                self._on_message(body)
+
+    def on_ws_disconnected(self, transport: WSTransport) -> None:
+        self._on_lost()
+
+
+class StreamTransport:
+    """One WebSocket to `/v2/models/{model}/stream`, opened on first use and again when lost.
+
+    Attributes:
+        connections: how many times it connected.
+        unmatched: answers that came too late or for a request nobody sent.
+    """
+
+    def __init__(self, url: str, model: str, *, max_message_bytes: int = 1 << 26) -> None:
+        """Prepare; nothing is connected yet."""
+        base = check_url(url)
+        self._url = f"ws{base.removeprefix('http')}/v2/models/{model}/stream"
+        self._max_message_bytes = max_message_bytes
+        self._waiting: dict[str, asyncio.Future[wire.Response]] = {}
+        self._socket: WSTransport | None = None
+        self._opening = asyncio.Lock()
+        self._received = 0  # messages so far, to tell a slow answer from a dead connection
+        self.connections = 0
+        self.unmatched = 0
+
+    async def send(self, message: bytes, request_id: str, timeout_s: float) -> wire.Response:
+        """See :class:`Transport`."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[wire.Response] = loop.create_future()
+        received = self._received
+        try:
+            async with asyncio.timeout(timeout_s):
+                socket = await self._connect()
+                self._waiting[request_id] = answer
+                socket.send(WSMsgType.BINARY, message)
+                return await answer
+        except TimeoutError:
+            if self._received == received and self._socket is not None:
+                # Nothing at all came in all that time: the connection may be dead without a sign.
+                self._socket.disconnect(graceful=False)
+            raise Unavailable(f"no answer within {timeout_s:.3g} s") from None
+        finally:
+            if self._waiting.get(request_id) is answer:
+                del self._waiting[request_id]
+
+    async def close(self) -> None:
+        """See :class:`Transport`."""
+        if self._socket is not None:
+            self._socket.send_close(WSCloseCode.OK)
+            self._socket.disconnect()
+            with contextlib.suppress(WSError):
+                await self._socket.wait_disconnected()
+
+    async def _connect(self) -> WSTransport:
+        async with self._opening:
+            if self._socket is None or self._socket.is_disconnected:
+                try:
+                    self._socket, _ = await ws_connect(
+                        self._listener,
+                        self._url,
+                        extra_headers=_HEADERS,
+                        max_frame_size=self._max_message_bytes,
+                    )
+                except (OSError, WSError, TimeoutError) as error:
+                    raise Unavailable(f"cannot connect to the cloud: {error}") from error
+                self.connections += 1
+            return self._socket
+
+    def _listener(self) -> WSListener:
+        # Each connection knows its number, so that a late goodbye of an old one cannot fail the
+        # requests of the new one.
+        listener = _Listener(self._on_message, lambda: self._on_lost(generation))
+        generation = self.connections
+        return listener
+
+    def _on_message(self, body: bytes) -> None:
+        self._received += 1
+        try:
+            response = wire.decode_response(body, max_bytes=self._max_message_bytes)
+        except WireError:
+            request_id = wire.peek_request_id(body)
+            outcome: wire.Response | Exception = AnswerError("the cloud's answer is no message")
+        else:
+            request_id, outcome = response.request_id, response
+        answer = self._waiting.get(request_id)
+        if answer is None or answer.done():
+            self.unmatched += 1
+        elif isinstance(outcome, Exception):
+            answer.set_exception(outcome)
+        else:
+            answer.set_result(outcome)
+
+    def _on_lost(self, generation: int) -> None:
+        if generation + 1 < self.connections:
+            return
+        self._socket = None
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(Unavailable("the connection to the cloud was lost"))
+
+
+class UnaryTransport:
+    """One HTTP POST per request, over kept-alive connections."""
+
+    def __init__(self, url: str, model: str, *, max_message_bytes: int = 1 << 26) -> None:
+        """Prepare; nothing is connected yet."""
+        self._url = f"{check_url(url)}/v2/models/{model}/infer"
+        self._max_message_bytes = max_message_bytes
+        self._client = httpx.AsyncClient(
+            headers={**_HEADERS, "content-type": wire.MEDIA_TYPE}, trust_env=False
+        )
+
+    async def send(self, message: bytes, request_id: str, timeout_s: float) -> wire.Response:
+        """See :class:`Transport`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                reply = await self._client.post(self._url, content=message, timeout=None)
+        except TimeoutError:
+            raise Unavailable(f"no answer within {timeout_s:.3g} s") from None
+        except httpx.HTTPError as error:
+            raise Unavailable(f"the request did not get through: {error!r}") from error
+        if reply.status_code != 200:
+            raise _http_error(reply)
+        try:
+            response = wire.decode_response(reply.content, max_bytes=self._max_message_bytes)
+        except WireError as error:
+            raise AnswerError("the cloud's answer is no message") from error
+        if response.request_id != request_id:
+            raise AnswerError("the cloud answered another request")
+        return response
+
+    async def close(self) -> None:
+        """See :class:`Transport`."""
+        await self._client.aclose()
+
+
+def _http_error(reply: httpx.Response) -> Exception:
+    """The error an HTTP reply carries: ours in JSON, or whatever a proxy on the way said."""
+    try:
+        sentence = str(reply.json()["error"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        sentence = f"the cloud answered with status {reply.status_code}"
+    retry_after = reply.headers.get("retry-after", "")
+    return from_status(
+        reply.status_code,
+        sentence,
+        retry_after_s=float(retry_after) if retry_after.isdecimal() else None,
+    )
+
+
+class InProcessTransport:
+    """Calls ``answer(message)`` in this process: no socket, no server."""
+
+    def __init__(self, answer: Callable[[bytes], Awaitable[bytes]]) -> None:
+        """Answer requests with ``answer``, a coroutine function from message to message."""
+        self._answer = answer
+
+    async def send(self, message: bytes, request_id: str, timeout_s: float) -> wire.Response:
+        """See :class:`Transport`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                body = await self._answer(message)
+        except TimeoutError:
+            raise Unavailable(f"no answer within {timeout_s:.3g} s") from None
+        try:
+            response = wire.decode_response(body)
+        except WireError as error:
+            raise AnswerError("the cloud's answer is no message") from error
+        if response.request_id != request_id:
+            raise AnswerError("the cloud answered another request")
+        return response
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
