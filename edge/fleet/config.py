@@ -18,6 +18,8 @@ class FleetConfig:
         url: base URL of the cloud, ``http://host:port``.
         bundle: the bundle whose stem, bridges and head the devices run; its backbone is read too
             where answers are verified. Needed for ``workload="bundle"``.
+        inputs: ``.npz`` file with ``images`` (n, *input_shape) uint8 and ``labels`` (n,); None for
+            the sample that ships with the project.
         devices: simulated devices, each with a stream of its own.
         rate: inferences per second; each is one group, so ``group_size`` inputs.
         duration_s: for how long inferences fall due.
@@ -38,6 +40,7 @@ class FleetConfig:
 
     url: str
     bundle: str | None = None
+    inputs: str | None = None
     devices: int = 100
     rate: float = 50.0
     duration_s: float = 20.0

@@ -31,6 +31,8 @@ from edge.session import Round
 
 _AT_ONCE = 16  # inferences begun in a row before answers get their turn
 _SWEEP_S = 0.01
+# uvloop's timers tick in milliseconds: asking for less would spin until the tick has come.
+_TICK_S = 0.001
 _RETRY_FLOOR = 100
 _HANDSHAKE_S = 10.0
 _READ_BUFFER_BYTES = 1 << 16  # one answer in one read, without growing
@@ -352,7 +354,7 @@ class Shard:
                 return
             wait_s = self._start_s + due_s[self._next] - self.clock()
             if wait_s > 0:
-                loop.call_later(wait_s, self._pump)
+                loop.call_later(max(wait_s, _TICK_S), self._pump)
                 return
             position, self._next = self._next, self._next + 1
             self._begin(position)

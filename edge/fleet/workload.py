@@ -10,7 +10,7 @@ values.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -92,15 +92,25 @@ class EchoWorkload:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What each block answers for each input, computed locally from the same bundle.
+    """What is right, computed locally from the same bundle.
 
     Attributes:
-        outputs: per block, (n, *output_shape) float32.
-        bounds: per block, the largest deviation that the arithmetic explains, same shape.
+        classes: (n,) the class of each input, without mixing and without a cloud.
+        tolerance: the largest deviation that the arithmetic explains, relative to max(1, |value|).
+        outputs: per block, (n, *output_shape) float32, where de-mixing is exact; else empty.
+        recompute: (block, mixtures) -> the block's output, where it is not: then only the answer
+            to the very mixtures that were sent can be compared, and each is computed twice.
     """
 
-    outputs: tuple[Floats, ...]
-    bounds: tuple[Floats, ...]
+    classes: npt.NDArray[np.int64]
+    tolerance: float
+    outputs: tuple[Floats, ...] = ()
+    recompute: Callable[[int, Floats], Floats] | None = None
+
+    def differs(self, values: Array, expected: Array) -> bool:
+        """Whether any value is further from what it should be than arithmetic can take it."""
+        bound = self.tolerance * np.maximum(1, np.abs(expected))
+        return bool((np.abs(values - expected) > bound).any())
 
 
 class _Checked:
@@ -129,13 +139,13 @@ class _Checked:
         return self._device.bridge(index, features)
 
     def head(self, features: Array) -> Floats:
-        self._compare(len(self._reference.outputs) - 1, features)
+        self._compare(-1, features)
         return self._device.head(features)
 
     def _compare(self, block: int, features: Array) -> None:
-        deviation = np.abs(features - self._reference.outputs[block][self._chosen])
-        if (deviation > self._reference.bounds[block][self._chosen]).any():
-            self.wrong = True
+        if self._reference.outputs:
+            expected = self._reference.outputs[block][self._chosen]
+            self.wrong |= self._reference.differs(features, expected)
 
 
 class BundleWorkload:
@@ -169,19 +179,35 @@ class BundleWorkload:
     def start(self, index: int) -> Inference:
         """Infer one group."""
         chosen = self._choice[index]
-        checked = (
-            None if self._reference is None else _Checked(self._device, self._reference, chosen)
-        )
-        inference = infer_group(checked or self._device, self._features[chosen])
+        reference = self._reference
+        if reference is None:
+            outputs, wrong = yield from self._drive(self._device, chosen, None)
+        else:
+            checked = _Checked(self._device, reference, chosen)
+            outputs, wrong = yield from self._drive(checked, chosen, reference.recompute)
+            wrong |= checked.wrong
+        if self._labels is None:
+            return Outcome(wrong)
+        labels = self._labels[chosen]
+        local = 0 if reference is None else int((reference.classes[chosen] == labels).sum())
+        return Outcome(wrong, int((outputs.argmax(axis=1) == labels).sum()), local)
+
+    def _drive(
+        self, device: Device, chosen: Array, recompute: Callable[[int, Floats], Floats] | None
+    ) -> Generator[Round, Response, tuple[Floats, bool]]:
+        """Take one group through its rounds; return its outputs, and whether an answer differed."""
+        wrong = False
+        inference = infer_group(device, self._features[chosen])
         question = next(inference)
         while True:
             response = yield question
+            values = response.values()
+            if recompute is not None and self._reference is not None:
+                # What the cloud computed on is what came through the wire.
+                sent = question.features.astype(np.float16).astype(np.float32)
+                expected = recompute(question.block, sent)
+                wrong |= values.shape != expected.shape or self._reference.differs(values, expected)
             try:
-                question = inference.send(response.values())
+                question = inference.send(values)
             except StopIteration as end:
-                outputs: Floats = end.value
-                break
-        correct = 0
-        if self._labels is not None:
-            correct = int((outputs.argmax(axis=1) == self._labels[chosen]).sum())
-        return Outcome(checked is not None and checked.wrong, correct)
+                return end.value, wrong

@@ -1,0 +1,105 @@
+"""The bundle workload's ingredients: inputs, their stem features, and what is right for them.
+
+Computed once per process. The stem's cost is therefore not in any inference (the report says
+``stem: cached``); everything after it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from datamix.bundle import Manifest, load_backbone
+from datamix.errors import ConfigError
+from datamix.models import Architecture, build
+from edge.fleet import pacing
+from edge.fleet.config import FleetConfig
+from edge.fleet.workload import BundleWorkload, Reference
+from edge.runtime import TorchDevice
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+
+_CHUNK = 64
+
+
+def bundle_workload(config: FleetConfig, inferences: int) -> BundleWorkload:
+    """Make the workload for a fleet that owes ``inferences`` in all its processes.
+
+    Raises:
+        BundleError: a bundle that can't be read or trusted.
+        ConfigError: inputs that are missing or don't fit the bundle.
+    """
+    if config.bundle is None:
+        raise ConfigError("the bundle workload got no bundle, expected a path")
+    device = TorchDevice(config.bundle)
+    images, labels = load_inputs(config.inputs, device.manifest)
+    features = _chunked(lambda part: device.stem(device.preprocess(part)), images)
+    reference = compute_reference(config.bundle, device, features) if config.verify else None
+    choice = pacing.inputs(inferences, device.manifest.group_size, len(images), config.seed)
+    return BundleWorkload(device, features, labels, choice, reference)
+
+
+def load_inputs(path: str | None, manifest: Manifest) -> tuple[Array, Array]:
+    """Read images (n, *input_shape) uint8 and labels (n,) int64 from an ``.npz`` file.
+
+    Raises:
+        ConfigError: no such file, or not what the bundle takes.
+    """
+    if path is None:
+        raise ConfigError("the bundle workload got no inputs, expected an .npz file")
+    try:
+        with np.load(Path(path), allow_pickle=False) as archive:
+            images, labels = archive["images"], archive["labels"]
+    except (OSError, KeyError, ValueError) as error:
+        raise ConfigError(f"{path} is no .npz file with images and labels: {error}") from error
+    expected = manifest.preprocessing.input_shape
+    if images.dtype != np.uint8 or images.shape[1:] != expected or not len(images):
+        raise ConfigError(
+            f"{path} holds images {images.shape} {images.dtype}, expected (n, {expected}) uint8"
+        )
+    if labels.shape != (len(images),):
+        raise ConfigError(f"{path} holds labels {labels.shape}, expected ({len(images)},)")
+    return images, labels.astype(np.int64)
+
+
+def compute_reference(bundle: str, device: TorchDevice, features: Floats) -> Reference:
+    """Run the backbone locally, which no real device could: a simulator may know the answers."""
+    manifest, blocks = load_backbone(bundle)
+
+    def run(block: int, rows: Floats) -> Floats:
+        with torch.inference_mode():
+            return _numpy(blocks[block], rows)
+
+    outputs = []
+    for index in range(len(blocks)):
+        features = _chunked(lambda part, index=index: run(index, part), features)
+        outputs.append(features)
+        if index < len(blocks) - 1:
+            features = _chunked(lambda part, i=index: device.bridge(i, part), features)
+    classes = _chunked(device.head, features).argmax(axis=1)
+    if _is_linear(manifest):
+        return Reference(classes, manifest.tolerance, outputs=tuple(outputs))
+    return Reference(classes, manifest.tolerance, recompute=run)
+
+
+def _is_linear(manifest: Manifest) -> bool:
+    spec = manifest.architecture
+    with torch.device("meta"):
+        return build(Architecture(spec.name, spec.options)).linear
+
+
+def _numpy(block: nn.Module, rows: Floats) -> Floats:
+    output: Floats = block(torch.from_numpy(np.ascontiguousarray(rows))).numpy()
+    return output
+
+
+def _chunked(function: Any, rows: Array) -> Any:
+    """Apply ``function`` to a few rows at a time, so that activations stay small."""
+    parts = [function(rows[start : start + _CHUNK]) for start in range(0, len(rows), _CHUNK)]
+    return np.concatenate(parts)

@@ -1,0 +1,153 @@
+"""The live view of a run: a table that redraws itself in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from edge.fleet.report import Percentiles, Summary
+from edge.fleet.run import FleetProgress
+
+OBFUSCATION = (
+    "Plain mixing is obfuscation: source separation recovers the inputs. It is not encryption."
+)
+
+
+@contextmanager
+def live_view(console: Console | None = None) -> Iterator[Callable[[FleetProgress], None]]:
+    """Show progress on stderr while the block runs; yields what ``simulate`` calls."""
+    console = console or Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield lambda progress: console.print(line(progress), markup=False, soft_wrap=True)
+        return
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        yield lambda progress: live.update(table(progress), refresh=True)
+
+
+def line(progress: FleetProgress) -> str:
+    """One line of progress."""
+    counters = progress.counters
+    if progress.phase == "connecting":
+        return f"connecting: {progress.connected} of {progress.devices} devices"
+    return (
+        f"{progress.phase} {progress.elapsed_s:5.1f}/{progress.duration_s:g} s  "
+        f"begun {counters['begun']}  ok {counters['ok']}  failed {counters['failed']}  "
+        f"{progress.requests_per_s:.0f} requests/s  in flight {progress.in_flight}  "
+        f"p50 {duration(progress.p50_s)}  p99 {duration(progress.p99_s)}"
+    )
+
+
+def table(progress: FleetProgress) -> Table:
+    """Everything that moves, as a table."""
+    counters = progress.counters
+    view = Table(title=f"{progress.devices} devices, {progress.phase}", show_header=False)
+    view.add_column(style="bold")
+    view.add_column(justify="right", min_width=14)
+    view.add_row("time", f"{progress.elapsed_s:.0f} of {progress.duration_s:g} s")
+    view.add_row("connected", f"{progress.connected} of {progress.devices}")
+    view.add_row("inferences begun / s", f"{progress.offered_per_s:.0f}")
+    view.add_row("requests answered / s", f"{progress.requests_per_s:.0f}")
+    view.add_row("in flight", str(progress.in_flight))
+    view.add_row("ok / failed", f"{counters['ok']} / {counters['failed']}")
+    view.add_row("retries", str(counters["retries"]))
+    view.add_row("latency p50", duration(progress.p50_s))
+    view.add_row("latency p99", duration(progress.p99_s))
+    view.add_row("batch rows", number(progress.batch_rows_mean))
+    view.add_row("engine busy", share(progress.engine_busy_ratio))
+    view.add_row("generator cores", f"{progress.generator_cpu_ratio:.2f}")
+    return view
+
+
+def rows(summary: Summary) -> list[tuple[str, str]]:
+    """Name and figure of everything a summary says, in reading order."""
+    failed = ", ".join(f"{count} {status}" for status, count in sorted(summary.failed.items()))
+    cpu_s = summary.generator_cpu_s_per_request
+    figures = [
+        ("valid", "yes" if summary.valid else f"NO: {summary.invalid_reason}"),
+        ("devices", f"{summary.clients} in {summary.processes} processes"),
+        ("workload", f"{summary.workload}, mode {summary.mode}, model {summary.model}"),
+        ("an inference", f"{summary.group_size} rows, {summary.rounds} rounds"),
+        ("ran for", f"{summary.duration_s:.1f} s, the last answer after {summary.elapsed_s:.1f} s"),
+        ("offered", f"{summary.offered_rate:.1f} requests/s"),
+        ("throughput", f"{summary.throughput:.1f} requests/s, {summary.rows_per_s:.0f} rows/s"),
+        ("inferences answered right", f"{summary.ok} of {summary.inferences}"),
+        ("failed", failed or "0"),
+        ("wrong", str(summary.wrong) if summary.verified else "not verified"),
+        ("unsent", str(summary.unsent)),
+        ("retries, reconnects", f"{summary.retries}, {summary.reconnects}"),
+        (
+            "duplicate, misrouted, unmatched, unreadable, late",
+            f"{summary.duplicates}, {summary.misrouted}, {summary.unmatched}, "
+            f"{summary.unreadable}, {summary.late}",
+        ),
+        ("latency from schedule", percentile_text(summary.latency_s)),
+        ("latency from send", percentile_text(summary.latency_from_send_s)),
+        ("generator lag", percentile_text(summary.generator_lag_s)),
+        (
+            "in the cloud, mean",
+            f"queue {duration(summary.queue_s)}, compute {duration(summary.compute_s)}",
+        ),
+        ("batch rows, mean", number(summary.batch_rows_mean)),
+        ("engine busy", share(summary.engine_busy_ratio)),
+        ("generator CPU per request", "-" if cpu_s is None else f"{cpu_s * 1e6:.0f} us"),
+        (
+            "bytes per input",
+            f"{_kb(summary.bytes_up_per_input)} up, {_kb(summary.bytes_down_per_input)} down",
+        ),
+    ]
+    if summary.stopped:
+        figures.insert(1, ("interrupted", f"{summary.stopped} inferences under way were given up"))
+    if summary.accuracy_cloud is not None:
+        local = share(summary.accuracy_local)
+        figures.append(("accuracy", f"{share(summary.accuracy_cloud)} (computed locally: {local})"))
+    return figures
+
+
+def show(summary: Summary, console: Console | None = None) -> None:
+    """Print the report of a run."""
+    console = console or Console()
+    view = Table(title="Fleet", show_header=False, title_justify="left")
+    view.add_column(style="bold")
+    view.add_column()
+    for name, figure in rows(summary):
+        view.add_row(name, figure)
+    console.print(view)
+    if summary.mode == "mix":
+        console.print(OBFUSCATION)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person reads them."""
+    if seconds is None:
+        return "-"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def number(value: float | None) -> str:
+    """A figure with one decimal, or a dash."""
+    return "-" if value is None else f"{value:.1f}"
+
+
+def share(value: float | None) -> str:
+    """A ratio as percent, or a dash."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def percentile_text(figures: Percentiles) -> str:
+    """Percentiles in one line; what too few samples can't say is said so."""
+    names = {"p50": "p50", "p90": "p90", "p99": "p99", "p999": "p99.9"}
+    known = [f"{label} {duration(figures[key])}" for key, label in names.items() if figures[key]]
+    missing = [label for key, label in names.items() if figures[key] is None]
+    text = ", ".join(known)
+    if missing:
+        text += f"{', ' if text else ''}{' '.join(missing)}: not enough samples"
+    return text
+
+
+def _kb(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1000:.1f} kB"

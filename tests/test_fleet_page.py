@@ -1,0 +1,112 @@
+"""The page and the live view: everything said, nothing fetched."""
+
+from __future__ import annotations
+
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from edge.fleet import view
+from edge.fleet.page import write_page
+from edge.fleet.report import Run, summarise
+from edge.fleet.run import FleetProgress
+from tests.test_fleet_report import COUNTERS, make_run
+
+PROGRESS = FleetProgress(
+    phase="running",
+    elapsed_s=3.2,
+    duration_s=20,
+    devices=2000,
+    connected=1999,
+    in_flight=12,
+    counters=COUNTERS | {"begun": 40, "ok": 30, "failed": 1},
+    requests_per_s=123.4,
+    offered_per_s=130.0,
+    p50_s=0.012,
+    p99_s=None,
+    batch_rows_mean=None,
+    engine_busy_ratio=0.5,
+    generator_cpu_ratio=0.31,
+)
+
+
+class Reader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        names = ("href", "src", "xlink:href", "data", "action")
+        self.links += [value or "" for name, value in attrs if name in names]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def read_page(folder: Path, run: Run, **options: Any) -> Reader:
+    summary = summarise(run)
+    write_page(folder / "report.html", summary, summary.series, **options)
+    reader = Reader()
+    reader.feed((folder / "report.html").read_text(encoding="utf-8"))
+    return reader
+
+
+def test_the_page_shows_every_plot_and_figure_and_fetches_nothing(tmp_path: Path) -> None:
+    reader = read_page(tmp_path, make_run(), extra=[("accuracy <here>", "91%")])
+    text = " ".join(reader.text)
+    assert reader.tags.count("svg") == 5
+    for name, figure in [("accuracy <here>", "91%"), *view.rows(summarise(make_run()))]:
+        assert name in text and figure in text
+    assert all(link.startswith("#") for link in reader.links), reader.links
+    assert {"script", "link", "img", "iframe"}.isdisjoint(reader.tags)
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"@import|url\((?!#)", source)
+
+
+def test_the_page_says_what_plain_mixing_is_worth(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    text = " ".join(read_page(tmp_path, replace(make_run(), mode="mix")).text)
+    assert "Plain mixing is obfuscation: source separation recovers the inputs" in text
+
+
+def test_an_invalid_run_says_so_first(tmp_path: Path) -> None:
+    run = make_run()
+    run.table["lag_s"] = 1.0
+    text = " ".join(read_page(tmp_path, run).text)
+    assert "INVALID: generator lag p99 is 1000 ms" in text
+
+
+def test_a_run_without_statistics_leaves_those_plots_out(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    reader = read_page(tmp_path, replace(make_run(), samples=[]))
+    assert reader.tags.count("svg") == 3
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_live_view_shows_progress(terminal: bool) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=100)
+    with view.live_view(console) as show:
+        show(PROGRESS)
+    text = screen.getvalue()
+    assert "running" in text and "12.0 ms" in text and "123" in text
+    assert ("\x1b" in text) == terminal
+
+
+def test_the_terminal_report_names_what_it_does_not_know() -> None:
+    screen = io.StringIO()
+    run = make_run(rate=5)
+    view.show(summarise(run), Console(file=screen, width=120))
+    text = screen.getvalue()
+    assert "p99 p99.9: not enough samples" in text
+    assert "50 of 50" in text
