@@ -8,10 +8,13 @@ Exit codes: 0 done; 1 failed, with one sentence on stderr; 2 wrong usage or sett
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -40,6 +43,145 @@ def root(
     ] = False,
 ) -> None:
     """Devices mix, an untrusted cloud computes, devices de-mix."""
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Option(help="New folder for the bundle.")],
+    dataset: Annotated[str, typer.Option(help="Only fashion-mnist is known.")] = "fashion-mnist",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the data set; else $DATAMIX_DATA.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the model.")] = "fashion-mnist-mix",
+    model_version: Annotated[str, typer.Option(help="Version of the model.")] = "1",
+    rounds: Annotated[int, typer.Option(help="Trips to the cloud per inference, 1 to 4.")] = 2,
+    group_size: Annotated[int, typer.Option(help="Inputs mixed together.")] = 4,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 12,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of everything random in training.")] = 0,
+    threads: Annotated[int, typer.Option(help="Processor threads.")] = 1,
+) -> None:
+    """Train a model and save it as a bundle; the same command goes on after Ctrl-C."""
+    from datamix.models import Architecture
+    from edge.data import load_dataset
+    from edge.train import TrainConfig, stop_on_interrupt
+    from edge.train import train as run
+
+    config = TrainConfig(
+        name=name,
+        version=model_version,
+        architecture=Architecture("convnet", {"n_blocks": rounds}),
+        group_size=group_size,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        threads=threads,
+    )
+    images = load_dataset(dataset, "train", data), load_dataset(dataset, "test", data)
+    with stop_on_interrupt() as stop:
+        manifest = run(config, *images, output, report=partial(print, flush=True), stop=stop)
+    print(manifest.model_dump_json(indent=2))
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[str, typer.Option(help="Folder or URI of the bundle.")],
+    dataset: Annotated[
+        str, typer.Option(help="fashion-mnist (test split) or sample (shipped).")
+    ] = "sample",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the data set; else $DATAMIX_DATA.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Processor threads.")] = 1,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file.")
+    ] = None,
+) -> None:
+    """Measure a bundle here: unmixed, mixed, edge only, share of FLOPs on the edge."""
+    from edge.data import load_dataset, load_sample
+    from edge.evaluate import evaluate as run
+    from edge.evaluate import table
+
+    images = load_sample() if dataset == "sample" else load_dataset(dataset, "test", data)
+    found = run(bundle, images, threads=threads)
+    print(table(found))
+    if json_path is not None:
+        json_path.write_text(json.dumps(found.to_json(), indent=2) + "\n")
+
+
+@app.command()
+def simulate(
+    url: Annotated[str, typer.Option(help="Base URL of the cloud, http://host:port.")],
+    bundle: Annotated[
+        str | None, typer.Option(help="Folder or URI of the bundle the devices run.")
+    ] = None,
+    inputs: Annotated[
+        str | None, typer.Option(help=".npz of images and labels; else the shipped sample.")
+    ] = None,
+    devices: Annotated[int, typer.Option(help="Devices, each with a stream of its own.")] = 200,
+    rate: Annotated[float, typer.Option(help="Inferences (groups) per second, all devices.")] = 50,
+    duration: Annotated[float, typer.Option(help="Seconds in which inferences fall due.")] = 20,
+    seed: Annotated[int, typer.Option(help="Same seed, same schedule.")] = 0,
+    processes: Annotated[int, typer.Option(help="Processes that hold the devices.")] = 1,
+    pacer: Annotated[str, typer.Option(help="poisson or constant.")] = "poisson",
+    workload: Annotated[
+        Literal["bundle", "echo"],
+        typer.Option(help="bundle: real inference; echo: for --engine null or emulated."),
+    ] = "bundle",
+    verify: Annotated[bool, typer.Option(help="Compare every answer with the local one.")] = True,
+    timeout: Annotated[float, typer.Option(help="Seconds until an inference has failed.")] = 10,
+    rows: Annotated[int, typer.Option(help="Rows per message of the echo workload.")] = 4,
+    token: Annotated[str | None, typer.Option(envvar="DATAMIX_TOKEN", help="Bearer token.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file.")
+    ] = None,
+    html_path: Annotated[
+        Path | None, typer.Option("--html", help="Write the report to this file.")
+    ] = None,
+) -> None:
+    """Let a fleet of devices loose on a cloud; exit code 1 if it failed any, 3 if not valid."""
+    from edge.fleet.command import run
+    from edge.fleet.config import FleetConfig
+
+    config = FleetConfig(
+        url=url,
+        bundle=bundle,
+        inputs=inputs,
+        devices=devices,
+        rate=rate,
+        duration_s=duration,
+        seed=seed,
+        processes=processes,
+        pacer=pacer,
+        workload=workload,
+        verify=verify,
+        timeout_s=timeout,
+        rows=rows,
+        token=token,
+    )
+    raise typer.Exit(run(config, json_path, html_path))
+
+
+@app.command()
+def doctor(
+    bundle: Annotated[str | None, typer.Option(help="Verify this bundle, a folder or URI.")] = None,
+    url: Annotated[str | None, typer.Option(help="Check this running cloud, not ports.")] = None,
+    devices: Annotated[int, typer.Option(help="Devices to be connected at once.")] = 2000,
+    port: Annotated[int, typer.Option(help="Where datamix serve shall listen.")] = 8000,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write what was found to this file.")
+    ] = None,
+) -> None:
+    """Look for the known traps on this machine or in a running cloud, and say the fix."""
+    from rich.console import Console
+
+    from cluster.doctor import diagnose, healthy, show, write_json
+
+    checks = diagnose(bundle=bundle, url=url, devices=devices, port=port)
+    show(checks, Console())
+    if json_path is not None:
+        write_json(checks, json_path)
+    raise typer.Exit(0 if healthy(checks) else 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,168 @@
+"""How good a bundle is: unmixed, through mixing and the wire's rounding, and without the cloud."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from datamix.bundle import load_backbone
+from datamix.errors import ConfigError
+from datamix.models import Architecture, build, count_flops
+from edge.data import Dataset
+from edge.runtime import TorchDevice
+from edge.session import infer_group
+
+Floats = npt.NDArray[np.float32]
+_CHUNK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Accuracies are shares of right answers, 0 to 1; FLOPs shares too.
+
+    Attributes:
+        accuracy_unmixed: the network without mixing or rounding.
+        accuracy_mixed: mixed with fresh coefficients, features rounded to float16 both ways.
+        accuracy_edge_only: stem and a head of its own without the cloud, as recorded at training
+            on the whole test split, not measured again; None where the bundle doesn't say.
+        edge_flops_share: the device's share of FLOPs, mixing included.
+        edge_flops_share_collapsed: the same against blocks at their cheapest (linear ones can be
+            multiplied out, which a plain count would hide).
+        n: how many images were evaluated.
+        group_size: K.
+        rounds: trips to the cloud per inference.
+        mode: which one the bundle was trained for.
+    """
+
+    accuracy_unmixed: float
+    accuracy_mixed: float
+    accuracy_edge_only: float | None
+    edge_flops_share: float
+    edge_flops_share_collapsed: float
+    n: int
+    group_size: int
+    rounds: int
+    mode: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``json.dumps``."""
+        return asdict(self)
+
+
+def table(found: Evaluation) -> str:
+    """Plain lines for a terminal."""
+    edge_only = found.accuracy_edge_only
+    lines = (
+        ("images", f"{found.n}"),
+        ("mode, group size, rounds", f"{found.mode}, {found.group_size}, {found.rounds}"),
+        ("accuracy unmixed", f"{found.accuracy_unmixed:.2%}"),
+        ("accuracy mixed, float16 wire", f"{found.accuracy_mixed:.2%}"),
+        (
+            "accuracy edge only (recorded at training)",
+            "not recorded" if edge_only is None else f"{edge_only:.2%}",
+        ),
+        ("FLOPs on the edge", f"{found.edge_flops_share:.1%}"),
+        ("FLOPs on the edge, linear blocks collapsed", f"{found.edge_flops_share_collapsed:.1%}"),
+    )
+    width = max(len(label) for label, _ in lines)
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in lines)
+
+
+def evaluate(bundle: str | Path, data: Dataset, *, threads: int = 1, seed: int = 0) -> Evaluation:
+    """Evaluate a bundle on ``data``, all on this machine.
+
+    Groups are drawn at random from ``seed``, so that no group is of one class by the file's order;
+    the last one is filled up with images that are not counted. Coefficients are fresh and come
+    from the operating system's entropy, so the mixed accuracy moves by a few images between runs.
+
+    Raises:
+        BundleError: a bundle that can't be read or trusted.
+        ConfigError: images or classes that don't fit the bundle.
+    """
+    device = TorchDevice(bundle, threads)
+    manifest, blocks = load_backbone(bundle)
+    if data.class_names != manifest.class_names:
+        raise ConfigError(f"the classes of {data.name} are not those of {manifest.name}")
+    order = np.random.default_rng(seed).permutation(len(data))
+    right_unmixed = right_mixed = 0
+    step = _CHUNK // manifest.group_size * manifest.group_size or manifest.group_size
+    for start in range(0, len(order), step):
+        chosen = order[start : start + step]
+        # Decoys fill up the last group; the device would do the same.
+        filled = np.resize(chosen, -(-len(chosen) // manifest.group_size) * manifest.group_size)
+        features = device.stem(device.preprocess(data.images[filled]))
+        labels = data.labels[chosen]
+        unmixed = _unmixed(device, blocks, features)[: len(chosen)]
+        mixed = _mixed(device, blocks, features)[: len(chosen)]
+        right_unmixed += int((unmixed.argmax(1) == labels).sum())
+        right_mixed += int((mixed.argmax(1) == labels).sum())
+    spec = manifest.architecture
+    with torch.device("meta"):
+        model = build(Architecture(spec.name, spec.options))
+    flops = count_flops(model, group_size=manifest.group_size)
+    return Evaluation(
+        accuracy_unmixed=right_unmixed / len(data),
+        accuracy_mixed=right_mixed / len(data),
+        accuracy_edge_only=manifest.metrics.get("accuracy_edge_only"),
+        edge_flops_share=flops.edge_share,
+        edge_flops_share_collapsed=flops.edge_share_collapsed,
+        n=len(data),
+        group_size=manifest.group_size,
+        rounds=len(manifest.blocks),
+        mode=manifest.mode,
+    )
+
+
+def _unmixed(device: TorchDevice, blocks: torch.nn.ModuleList, features: Floats) -> Floats:
+    for index, block in enumerate(blocks):
+        if index:
+            features = device.bridge(index - 1, features)
+        features = _run(block, features)
+    return device.head(features)
+
+
+def _mixed(device: TorchDevice, blocks: torch.nn.ModuleList, features: Floats) -> Floats:
+    """Drive the device's own sessions, one per group, all in step: the cloud gets one batch."""
+    size = device.manifest.group_size
+    sessions = [
+        infer_group(device, features[at : at + size]) for at in range(0, len(features), size)
+    ]
+    rounds = [next(session) for session in sessions]
+    for index, block in enumerate(blocks):
+        sent = _float16(np.concatenate([round_.features for round_ in rounds]))
+        answers = _groups(_float16(_run(block, sent)), size)
+        if index < len(blocks) - 1:
+            rounds = [s.send(answer) for s, answer in zip(sessions, answers, strict=True)]
+        else:
+            outputs = [_finish(s, answer) for s, answer in zip(sessions, answers, strict=True)]
+    return np.concatenate(outputs)
+
+
+def _groups(rows: Floats, size: int) -> Iterator[Floats]:
+    return (rows[at : at + size] for at in range(0, len(rows), size))
+
+
+def _finish(session: Any, answer: Floats) -> Floats:
+    try:
+        session.send(answer)
+    except StopIteration as end:
+        outputs: Floats = end.value
+        return outputs
+    raise RuntimeError("the session asked for more rounds than the bundle has blocks")
+
+
+def _float16(features: Floats) -> Floats:
+    """What the wire does to features, each way."""
+    return features.astype(np.float16).astype(np.float32)
+
+
+def _run(block: torch.nn.Module, features: Floats) -> Floats:
+    with torch.inference_mode():
+        output: Floats = block(torch.from_numpy(features)).numpy()
+    return output
