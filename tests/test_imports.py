@@ -18,7 +18,7 @@ ALLOWED = {
     "cluster": {"datamix", "edge", "deployments", "cluster", "ray"},
 }
 # Modules that devices and load generators start by the thousand, or that every process imports.
-LIGHT = ["datamix.errors", "datamix.wire", "edge.session", "cluster.cli"]
+LIGHT = ["datamix.errors", "datamix.wire", "datamix.bundle", "edge.client", "cluster.cli"]
 LIGHT += [f"edge.fleet.{path.stem}" for path in sorted((ROOT / "edge/fleet").glob("[!_]*.py"))]
 
 
