@@ -17,6 +17,7 @@ from torch import nn
 from datamix.bundle import Manifest, load_backbone
 from datamix.errors import ConfigError
 from datamix.models import Architecture, build
+from edge.data import load_sample
 from edge.fleet import pacing
 from edge.fleet.config import FleetConfig
 from edge.fleet.workload import BundleWorkload, Reference
@@ -46,25 +47,28 @@ def bundle_workload(config: FleetConfig, inferences: int) -> BundleWorkload:
 
 
 def load_inputs(path: str | None, manifest: Manifest) -> tuple[Array, Array]:
-    """Read images (n, *input_shape) uint8 and labels (n,) int64 from an ``.npz`` file.
+    """Read images (n, *input_shape) uint8 and labels (n,) int64; the shipped sample by default.
 
     Raises:
         ConfigError: no such file, or not what the bundle takes.
     """
     if path is None:
-        raise ConfigError("the bundle workload got no inputs, expected an .npz file")
-    try:
-        with np.load(Path(path), allow_pickle=False) as archive:
-            images, labels = archive["images"], archive["labels"]
-    except (OSError, KeyError, ValueError) as error:
-        raise ConfigError(f"{path} is no .npz file with images and labels: {error}") from error
+        sample = load_sample()
+        source, images, labels = "the shipped sample", sample.images, sample.labels
+    else:
+        source = path
+        try:
+            with np.load(Path(path), allow_pickle=False) as archive:
+                images, labels = archive["images"], archive["labels"]
+        except (OSError, KeyError, ValueError) as error:
+            raise ConfigError(f"{path} is no .npz file with images and labels: {error}") from error
     expected = manifest.preprocessing.input_shape
     if images.dtype != np.uint8 or images.shape[1:] != expected or not len(images):
         raise ConfigError(
-            f"{path} holds images {images.shape} {images.dtype}, expected (n, {expected}) uint8"
+            f"{source} holds images {images.shape} {images.dtype}, expected (n, *{expected}) uint8"
         )
     if labels.shape != (len(images),):
-        raise ConfigError(f"{path} holds labels {labels.shape}, expected ({len(images)},)")
+        raise ConfigError(f"{source} holds labels {labels.shape}, expected ({len(images)},)")
     return images, labels.astype(np.int64)
 
 

@@ -13,6 +13,7 @@ import contextlib
 import gc
 import os
 import resource
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Coroutine
@@ -76,6 +77,7 @@ class Failure:
 
 def main(connection: Connection, task: Task) -> None:
     """Run one shard to its end; the entry of the spawned process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     with contextlib.suppress(BrokenPipeError):  # the parent is gone: nobody to tell
         try:
             raise_descriptor_limit()

@@ -291,12 +291,14 @@ def summarise(run: Run) -> Summary:
     answered = table[np.isin(table["status"], (result.OK, result.WRONG))]
     inputs = len(answered) * run.group_size
     rounds = int(table["rounds"].sum())
-    window_s = run.window_s or math.nan
     in_window = (table["status"] == result.OK) & (table["done_s"] < run.window_s)
     # Without the drain at the end, in which the engine has little to do.
     during = [s for s in run.samples if s.at_s <= run.start_s + run.window_s + 1]
     cloud = use(during if len(during) > 1 else run.samples)
     bundle = config.workload == "bundle"
+
+    def per_s(count: int) -> float:
+        return count / run.window_s if run.window_s > 0 else 0.0
 
     def share(column: str, known: bool) -> float | None:
         return float(answered[column].sum()) / inputs if inputs and known else None
@@ -321,11 +323,11 @@ def summarise(run: Run) -> Summary:
         seed=config.seed,
         group_size=run.group_size,
         rounds=run.rounds,
-        offered_rate=len(table) * run.rounds / window_s,
-        throughput=counters["requests_in_window"] / window_s,
-        offered_inferences_per_s=len(table) / window_s,
-        inferences_per_s=int(in_window.sum()) / window_s,
-        rows_per_s=counters["rows_in_window"] / window_s,
+        offered_rate=per_s(len(table) * run.rounds),
+        throughput=per_s(counters["requests_in_window"]),
+        offered_inferences_per_s=per_s(len(table)),
+        inferences_per_s=per_s(int(in_window.sum())),
+        rows_per_s=per_s(counters["rows_in_window"]),
         inferences=len(table),
         ok=ok,
         failed=failed,
@@ -367,7 +369,7 @@ def series(run: Run) -> Series:
     """Cut a run into seconds. The last second may be a part; its rates are scaled up."""
     table = run.table
     seconds = max(1, math.ceil(run.window_s))
-    widths = np.minimum(1.0, run.window_s - np.arange(seconds))
+    widths = np.clip(run.window_s - np.arange(seconds), 1e-3, 1.0)
     bins = np.minimum(table["scheduled_s"].astype(np.int64), seconds - 1)
     offered = np.bincount(bins, minlength=seconds) * run.rounds / widths
     answered = run.answered[:seconds, 0] / widths

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -334,6 +335,8 @@ def _quiet_children() -> Iterator[None]:
     Ctrl-C goes to every process of the terminal; the parent alone decides what it means. Shards
     share the cores among themselves already, so a thread pool in each would only fight the others.
     """
+    # It would be started with the first child, and unblock what is blocked here.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     old = {name: os.environ.get(name) for name in names}

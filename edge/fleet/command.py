@@ -1,0 +1,40 @@
+"""What ``datamix simulate`` does: run, show, write, and tell the truth in the exit code."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+from datamix.errors import ConfigError
+from edge.fleet.config import FleetConfig
+from edge.fleet.run import simulate
+from edge.fleet.view import live_view, show
+
+INTERRUPTED = 130
+
+
+def run(config: FleetConfig, json_path: Path | None, html_path: Path | None) -> int:
+    """Simulate and report; return the exit code.
+
+    0: valid, and every inference answered right. 1: the cloud failed some. 3: the figures are not
+    the cloud's. 130: interrupted (the report covers what was done).
+
+    Raises:
+        ConfigError: a setting that can't be met, known before anything is sent.
+    """
+    if html_path is not None and find_spec("matplotlib") is None:
+        raise ConfigError("--html needs matplotlib, expected it installed (the extra 'report')")
+    for path in (json_path, html_path):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{path.parent} is no folder, expected one to write {path.name} to")
+    with live_view() as on_progress:
+        summary = simulate(config, on_progress)
+    show(summary)
+    if json_path is not None:
+        json_path.write_text(json.dumps(summary.as_dict(), indent=2, allow_nan=False) + "\n")
+    if html_path is not None:
+        from edge.fleet.page import write_page
+
+        write_page(html_path, summary, summary.series)
+    return INTERRUPTED if summary.interrupted else summary.exit_code

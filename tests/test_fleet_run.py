@@ -1,0 +1,173 @@
+"""Whole runs: spawned shards, the command, Ctrl-C; against a cloud in a thread of this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from datamix import wire
+from datamix.errors import ConfigError, NotFound, Unavailable
+from edge.fleet import run
+from edge.fleet.config import FleetConfig
+from edge.fleet.run import FleetProgress, simulate
+from tests.fake_cloud import Connection, FakeCloud, echo, running
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def cloud() -> Iterator[FakeCloud]:
+    with running(FakeCloud()) as served:
+        yield served
+
+
+def make_config(url: str, **settings: Any) -> FleetConfig:
+    options: dict[str, Any] = {"devices": 40, "rate": 200, "duration_s": 1.2, "processes": 2}
+    return FleetConfig(url=url, workload="echo", **(options | settings))
+
+
+def test_two_processes_verify_every_answer_and_leave_nothing(cloud: FakeCloud) -> None:
+    seen: list[FleetProgress] = []
+    summary = simulate(make_config(cloud.url), seen.append)
+    assert summary.exit_code == 0, summary
+    assert summary.ok == summary.inferences == cloud.requests > 150
+    assert cloud.streams == 40 and summary.processes == 2
+    assert summary.engine_busy_ratio == pytest.approx(0.25, abs=0.01)  # the fake cloud's claim
+    assert summary.batch_rows_mean == pytest.approx(4)
+    assert summary.generator_cpu_s_per_request is not None
+    assert "running" in [progress.phase for progress in seen]
+    assert not [p for p in psutil.Process().children(True) if "spawn_main" in " ".join(p.cmdline())]
+
+
+def command(cloud: FakeCloud, folder: Path, *more: str) -> subprocess.Popen[str]:
+    """Start ``datamix simulate`` in a process group of its own, as a terminal does."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "cluster.cli", "simulate", "--url", cloud.url, "--workload", "echo"]
+        + ["--devices", "20", "--rate", "100", "--processes", "2"]
+        + ["--json", str(folder / "report.json"), *more],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Any, patience_s: float = 20) -> None:
+    deadline_s = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def group(leader: int) -> list[int]:
+    return [
+        process.pid
+        for process in psutil.process_iter()
+        if process.status() != psutil.STATUS_ZOMBIE and _session(process.pid) == leader
+    ]
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return -1
+
+
+def test_the_command_reports_in_every_form(cloud: FakeCloud, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    process = command(cloud, tmp_path, "--duration", "1", "--html", str(page))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "throughput" in out and "running" in err
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert figures["valid"] and figures["ok"] == cloud.requests > 50
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_ctrl_c_reports_what_was_done_and_leaves_no_process(
+    cloud: FakeCloud, tmp_path: Path
+) -> None:
+    process = command(cloud, tmp_path, "--duration", "600")
+    wait_for(lambda: cloud.requests > 30)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: every process gets it
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert figures["interrupted"] and figures["ok"] > 20 and figures["duration_s"] < 60
+    assert "Traceback" not in err and "throughput" in out
+    wait_for(lambda: not group(process.pid), 5)
+
+
+def test_shards_whose_parent_was_killed_leave(cloud: FakeCloud, tmp_path: Path) -> None:
+    process = command(cloud, tmp_path, "--duration", "600")
+    wait_for(lambda: cloud.requests > 10)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not group(process.pid), 5)
+
+
+def test_wrong_answers_fail_the_command(tmp_path: Path) -> None:
+    def negate(connection: Connection, request: wire.Request) -> None:
+        connection.send(echo(request, features=-request.features))
+
+    with running(FakeCloud(negate)) as cloud:
+        process = command(cloud, tmp_path, "--duration", "0.5")
+        process.communicate(timeout=60)
+    assert process.returncode == 1
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert figures["wrong"] == figures["inferences"] > 0 and figures["ok"] == 0
+
+
+def test_what_cannot_work_is_said_before_anything_starts(
+    cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Unavailable, match="gives no answer"):
+        simulate(make_config("http://127.0.0.1:9"))
+    with pytest.raises(NotFound):
+        simulate(make_config(cloud.url, model="other"))
+    cloud.engine = "torch:cpu:float32"
+    with pytest.raises(ConfigError, match="expected 'bundle'"):
+        simulate(make_config(cloud.url))
+    monkeypatch.setattr(run, "raise_descriptor_limit", lambda: 100)
+    with pytest.raises(ConfigError, match="at least 56 processes"):
+        simulate(make_config(cloud.url, devices=2000))
+    assert cloud.streams == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"url": "cloud:80"},
+        {"devices": 0},
+        {"rate": 0.0},
+        {"timeout_s": float("nan")},
+        {"workload": "dance"},
+        {"workload": "bundle"},
+        {"max_retries": -1},
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"url": "http://cloud", "workload": "echo"}
+    with pytest.raises(ConfigError):
+        FleetConfig(**(options | settings))
+
+
+def test_an_echo_worker_needs_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, edge.fleet.process, edge.fleet.run; "
+        "print(sorted({'torch', 'ray', 'matplotlib', 'httpx', 'psutil'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
