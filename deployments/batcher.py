@@ -18,7 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ import numpy.typing as npt
 from datamix.errors import DataMixError, DeadlineExceeded, Overloaded, Unavailable
 from deployments.engine import Engine, Rows
 
-Floats = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,9 @@ class Timing:
 
 
 class Computed(NamedTuple):
-    """A request's output rows, (rows, *output_shape) float32, and how its batch went."""
+    """A request's output rows, (rows, *output_shape) float16 or float32, and its timing."""
 
-    output: Floats
+    output: Array
     timing: Timing
 
 
@@ -308,7 +308,7 @@ class Batcher:
     def _compute(self, batch: list[Job], close_reason: str) -> None:
         start = self._running_since = self._clock()
         try:
-            output = self._engine.run(batch[0].block, [job.rows for job in batch])
+            outputs = self._engine.run(batch[0].block, [job.rows for job in batch])
         except Exception as error:
             self._account(start)
             self._fail(batch, error)
@@ -321,12 +321,10 @@ class Batcher:
         statistics.rows += rows
         statistics.close_reasons[close_reason] += 1
         results: list[tuple[Job, Computed | DataMixError]] = []
-        first = 0
-        for job in batch:
+        for job, output in zip(batch, outputs, strict=True):
             timing = Timing(start - job.arrived, compute_s, rows, close_reason)
             statistics.queue_s += timing.queue_s
-            results.append((job, Computed(output[first : first + job.count], timing)))
-            first += job.count
+            results.append((job, Computed(output, timing)))
         oldest = Timing(start - batch[0].arrived, compute_s, rows, close_reason)
         self._post(results, oldest)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from datamix.errors import ConfigError
-from deployments.engine import parse_engine
+from deployments.engine import check_device, parse_engine
 
 
 class Config(BaseModel):
@@ -33,7 +33,7 @@ class Config(BaseModel):
 
     bundle: str | None = None
     engine: str = "torch"
-    echo_shape: tuple[int, ...] | None = None
+    echo_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     channels_last: bool = False
@@ -43,12 +43,13 @@ class Config(BaseModel):
     max_request_bytes: int = Field(default=8 << 20, ge=1024, le=16 << 20)
     max_request_rows: int = Field(default=128, ge=1)
     max_stream_requests: int = Field(default=128, ge=1)
-    health_timeout_s: float = Field(default=8.0, gt=0)
+    health_timeout_s: float = Field(default=8.0, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _agree(self) -> Config:
         try:
             kind = parse_engine(self.engine)[0]
+            check_device(self.device)
         except ConfigError as error:
             raise ValueError(str(error)) from error
         if self.bundle is None and (kind == "torch" or self.echo_shape is None):
@@ -59,5 +60,10 @@ class Config(BaseModel):
             raise ValueError(
                 f"max_request_rows is {self.max_request_rows}, expected at most max_batch_rows "
                 f"({self.max_batch_rows}), as a request never splits"
+            )
+        if self.max_request_rows > self.max_queue_rows:
+            raise ValueError(
+                f"max_request_rows is {self.max_request_rows}, expected at most max_queue_rows "
+                f"({self.max_queue_rows}), or the largest requests would be shed for ever"
             )
         return self
