@@ -23,6 +23,7 @@ _PAIR = struct.Struct("<qq")
 
 _CODECS = {0: "lz4", 1: "zstd"}
 _MAX_ENTRIES = 16  # two columns need 3 nodes and 5 buffers; more is not our message
+_MAX_BYTES = 4096  # of a record batch's metadata; ours takes 200 to 300
 
 
 class BatchLayout(NamedTuple):
@@ -78,14 +79,20 @@ def _header(data: bytes) -> int:
     return _follow(data, position)
 
 
-# Devices of one model send the same header again and again; only the first costs a walk.
-@lru_cache(maxsize=256)
 def batch_layout(metadata: bytes) -> BatchLayout:
     """Read the layout out of a record batch message's metadata.
 
     Raises:
         ValueError: the metadata is not what Arrow would write for a small record batch.
     """
+    if len(metadata) > _MAX_BYTES:  # before it becomes a key that the cache holds on to
+        raise ValueError(f"{len(metadata)} bytes")
+    return _batch_layout(metadata)
+
+
+# Devices of one model send the same header again and again; only the first costs a walk.
+@lru_cache(maxsize=256)
+def _batch_layout(metadata: bytes) -> BatchLayout:
     try:
         batch = _header(metadata)
         length, nodes, buffers, compression = (_field(metadata, batch, n) for n in range(4))
@@ -109,7 +116,6 @@ def batch_layout(metadata: bytes) -> BatchLayout:
         raise ValueError("offset past the end") from error
 
 
-@lru_cache(maxsize=256)
 def is_little_endian(metadata: bytes) -> bool:
     """Whether a schema message declares little-endian buffers.
 
