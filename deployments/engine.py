@@ -128,6 +128,8 @@ class TorchEngine:
             )
         if threads is not None:
             torch.set_num_threads(threads)
+        # Rows are read-only views of a message, which torch warns of once; nothing writes to them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         self.name = f"torch:{device}:{dtype}"
         self.blocks = list(blocks)
         self._torch = torch
@@ -137,6 +139,13 @@ class TorchEngine:
         self._modules = backbone.to(self._device, self._dtype).eval()
         if channels_last:
             self._modules = self._modules.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Rows are read-only views of a message. torch warns of that once in a process; let it do so
+        # here, because to change the warning filters from a thread changes them for all threads.
+        frozen = np.zeros(1)
+        frozen.flags.writeable = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            torch.from_numpy(frozen)
         # One buffer for all blocks: batches run one at a time. Page-locked memory lets the copy to
         # a GPU go on beside the host.
         size = max_batch_rows * max(math.prod(block.input_shape) for block in blocks)
@@ -171,11 +180,7 @@ class TorchEngine:
 
     def _fill(self, part: torch.Tensor, rows: Rows) -> None:
         """Copy one request's rows into the batch, as float32."""
-        with warnings.catch_warnings():
-            # The rows are read-only views of a message, and nothing here writes to them.
-            warnings.simplefilter("ignore", UserWarning)
-            source = self._torch.from_numpy(rows.features)
-        part.copy_(source)
+        part.copy_(self._torch.from_numpy(rows.features))
         if rows.scale is not None:
             scale = self._torch.from_numpy(rows.scale.copy())
             part.mul_(scale.view(-1, *[1] * (part.ndim - 1)))
