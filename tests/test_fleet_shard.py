@@ -130,7 +130,7 @@ def test_a_stall_shows_in_the_latency_from_the_schedule() -> None:
 
 def test_silence_is_a_timeout_and_a_late_answer_no_duplicate() -> None:
     def slow_third(connection: Connection, request: wire.Request) -> None:
-        delay_s = 0.5 if connection.cloud.requests % 3 == 0 else 0.0
+        delay_s = 0.3 if connection.cloud.requests % 3 == 0 else 0.0
         connection.later(delay_s, echo(request))
 
     flown = fly(slow_third, timeout_s=0.2)
