@@ -139,13 +139,6 @@ class TorchEngine:
         self._modules = backbone.to(self._device, self._dtype).eval()
         if channels_last:
             self._modules = self._modules.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # Rows are read-only views of a message. torch warns of that once in a process; let it do so
-        # here, because to change the warning filters from a thread changes them for all threads.
-        frozen = np.zeros(1)
-        frozen.flags.writeable = False
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            torch.from_numpy(frozen)
         # One buffer for all blocks: batches run one at a time. Page-locked memory lets the copy to
         # a GPU go on beside the host.
         size = max_batch_rows * max(math.prod(block.input_shape) for block in blocks)
