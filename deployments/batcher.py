@@ -18,6 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -196,7 +197,11 @@ class Batcher:
         self._queue = Queue(max_batch_rows=max_batch_rows, max_queue_rows=max_queue_rows)
         self._on_batch = on_batch
         self._clock = clock
-        self._wake = threading.Condition()
+        # The lock guards queue and flags; the signal wakes the thread, which says beforehand that
+        # it sleeps. Both are C; a threading.Condition is Python and would cost more than the queue.
+        self._lock = threading.Lock()
+        self._signal: SimpleQueue[None] = SimpleQueue()
+        self._asleep = False
         self._probes: list[asyncio.Future[None]] = []
         self._draining = False
         self._stopped = False
@@ -226,7 +231,7 @@ class Batcher:
             Unavailable: the batcher is draining.
         """
         job.arrived = self._clock()
-        with self._wake:
+        with self._lock:
             if self._draining:
                 raise Unavailable("this replica is draining, send the request again")
             if not self._queue.offer(job):
@@ -235,7 +240,7 @@ class Batcher:
                     f"{self._queue.max_queue_rows}, try again later",
                     retry_after_s=self.predicted_wait_s(),
                 )
-            self._wake.notify()
+            self._wake()
 
     def predicted_wait_s(self) -> float:
         """How long a request that arrives now should wait, from the mean batch so far."""
@@ -251,9 +256,9 @@ class Batcher:
             Unavailable: no sign of life within ``timeout_s``, or the engine raised.
         """
         future: asyncio.Future[None] = self._loop.create_future()
-        with self._wake:
+        with self._lock:
             self._probes.append(future)
-            self._wake.notify()
+            self._wake()
         try:
             await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
@@ -265,12 +270,18 @@ class Batcher:
         Raises:
             Unavailable: requests were still waiting after ``timeout_s``.
         """
-        with self._wake:
+        with self._lock:
             self._draining = True
-            self._wake.notify()
+            self._wake()
         await asyncio.to_thread(self._thread.join, timeout_s)
         if self._thread.is_alive():
             raise Unavailable(f"the queue did not drain in {timeout_s:g} s")
+
+    def _wake(self) -> None:
+        """Wake the engine's thread if it sleeps. Call with the lock held."""
+        if self._asleep:
+            self._asleep = False
+            self._signal.put(None)
 
     def _deliver(self, results: list[tuple[Job, Computed | DataMixError]]) -> None:
         for job, outcome in results:
@@ -287,9 +298,11 @@ class Batcher:
 
     def _work(self) -> None:
         while True:
-            with self._wake:
-                while not (len(self._queue) or self._probes or self._draining):
-                    self._wake.wait()
+            with self._lock:
+                sleep = self._asleep = not (len(self._queue) or self._probes or self._draining)
+            if sleep:
+                self._signal.get()
+            with self._lock:
                 probes, self._probes = self._probes, []
                 taken = self._queue.take(self._clock())
                 if self._draining:

@@ -1,0 +1,102 @@
+"""Clusters for benchmarks, each in a process of its own: ours, and the same work on default Serve.
+
+``start(name, ...)`` runs this file as a script; it prints one JSON line with the URL when ready and
+lives until its standard input closes. Its processes carry a mark in their environment, so that
+their CPU time can be told from everybody else's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.load import CLUSTER_MARK
+
+
+@contextlib.contextmanager
+def start(name: str, **options: Any) -> Iterator[str]:
+    """Start cluster ``ours`` or ``default``; yields its base URL; its mark is ``name``."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.clusters", name, json.dumps(options)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, CLUSTER_MARK: name},
+        # Ctrl-C reaches the whole group; the cluster is told by its closing input instead.
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield str(json.loads(line)["url"])
+                return
+        raise RuntimeError(f"cluster {name!r} did not start")
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _serve_until_told(url: str) -> None:
+    print(json.dumps({"url": url}), flush=True)
+    sys.stdin.read()
+
+
+def _ours(options: dict[str, Any]) -> None:
+    from cluster.local import local_cluster
+    from deployments.config import Config
+
+    with local_cluster(Config(**options)) as running:
+        _serve_until_told(running.url)
+
+
+def _default(options: dict[str, Any]) -> None:
+    """The same echo on Serve as its tutorial writes it: Python proxy and ``@serve.batch``."""
+    os.environ.update(
+        RAY_SERVE_ENABLE_HA_PROXY="0",
+        RAY_AUTH_MODE="disabled",
+        RAY_USAGE_STATS_ENABLED="0",
+        # Only so that it stops quickly; it changes nothing while it serves.
+        RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S="0.5",
+    )
+    import tempfile
+
+    import ray
+    from ray import serve
+
+    from benchmarks.default_app import Echo
+    from cluster.local import free_port, wait_ready
+
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="dmx-", ignore_cleanup_errors=True) as folder:
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=100 << 20,
+            _temp_dir=folder,
+        )
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            deployment = serve.deployment(max_ongoing_requests=10_000)(Echo)
+            serve.run(deployment.bind(**options), route_prefix="/")
+            wait_ready(f"http://127.0.0.1:{port}", 60)
+            _serve_until_told(f"http://127.0.0.1:{port}")
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+if __name__ == "__main__":
+    {"ours": _ours, "default": _default}[sys.argv[1]](json.loads(sys.argv[2]))
