@@ -108,7 +108,8 @@ class Manifest(_Strict):
         preprocessing: from raw inputs to what the stem takes.
         class_names: one per output.
         wire_dtype: the type features were checked with on the wire.
-        tolerance: largest error of de-mixed block outputs that is the arithmetic's, relative to
+        tolerance: largest error of de-mixed block outputs that is the arithmetic's (float16 on the
+            wire, float32 in the cloud, errors of earlier rounds included), relative to
             ``max(1, |value|)``; more than that is somebody's bug.
         metrics: as recorded at training.
         hashes: sha256 of the exact bytes of both weight files.

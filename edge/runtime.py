@@ -106,6 +106,7 @@ class TorchDevice:
 
 def _run(part: nn.Module, array: Array) -> Floats:
     with torch.inference_mode():
-        tensor = torch.from_numpy(np.array(array, np.float32, order="C", ndmin=1))
+        # A copy: torch takes neither read-only nor mirrored arrays, and these are small.
+        tensor = torch.from_numpy(np.array(array, np.float32, order="C"))
         output: Floats = part(tensor).numpy()
     return output
