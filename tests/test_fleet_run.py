@@ -49,6 +49,13 @@ def test_two_processes_verify_every_answer_and_leave_nothing(cloud: FakeCloud) -
     assert not [p for p in psutil.Process().children(True) if "spawn_main" in " ".join(p.cmdline())]
 
 
+def test_a_generator_that_cannot_keep_up_says_so_and_loses_no_row(cloud: FakeCloud) -> None:
+    summary = simulate(make_config(cloud.url, rate=40_000, duration_s=0.5, timeout_s=0.3))
+    assert summary.exit_code == 3 and "generator" in str(summary.invalid_reason)
+    ended = summary.ok + sum(summary.failed.values()) + summary.unsent + summary.wrong
+    assert ended == summary.inferences == pytest.approx(20_000, rel=0.05)
+
+
 def command(cloud: FakeCloud, folder: Path, *more: str) -> subprocess.Popen[str]:
     """Start ``datamix simulate`` in a process group of its own, as a terminal does."""
     return subprocess.Popen(

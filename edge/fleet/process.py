@@ -15,6 +15,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -126,11 +127,7 @@ async def _serve(connection: Connection, task: Task) -> Any:
     loop = asyncio.get_running_loop()
     start: asyncio.Future[float] = loop.create_future()
 
-    def hear() -> None:
-        try:
-            word = connection.recv()
-        except EOFError:
-            os._exit(1)
+    def obey(word: float | None) -> None:
         if word is None:
             shard.stop()
             if not start.done():
@@ -138,11 +135,22 @@ async def _serve(connection: Connection, task: Task) -> Any:
         elif not start.done():
             start.set_result(word)
 
+    def hear() -> None:
+        """Listen for the parent's words, whatever the loop is busy with."""
+        while True:
+            try:
+                word = connection.recv()
+            except (EOFError, OSError):
+                os._exit(1)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: all has been said
+                loop.call_soon_threadsafe(obey, word)
+
     def tell() -> None:
         connection.send(shard.progress())
         loop.call_later(_PROGRESS_S, tell)
 
-    loop.add_reader(connection.fileno(), hear)
+    # A thread: an event loop would make the pipe non-blocking, and long results need it to block.
+    threading.Thread(target=hear, name="hear", daemon=True).start()
     tell()
     await shard.connect()
     # What lives now lives to the end; without it the collector has little to walk through.
@@ -150,10 +158,7 @@ async def _serve(connection: Connection, task: Task) -> Any:
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     connection.send(Ready(task.number))
-    try:
-        return await shard.run(await start)
-    finally:
-        loop.remove_reader(connection.fileno())
+    return await shard.run(await start)
 
 
 def load(config: FleetConfig, target: Target, inferences: int) -> Workload:
