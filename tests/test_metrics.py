@@ -1,0 +1,151 @@
+"""The table of metrics: named by convention, and every row of it moves when the system works."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from deployments.batcher import Statistics, Timing
+from deployments.metrics import TABLE, Metric, PrometheusBackend, Recorder, Traffic
+
+LABELS = {"model", "outcome", "close_reason"}
+UNITS = ("_seconds", "_bytes", "_rows", "_ratio")
+# Counts of things, which have no unit.
+COUNTS = {"datamix_requests_total", "datamix_batches_total", "datamix_open_streams"}
+
+
+def samples(registry: CollectorRegistry) -> dict[str, float]:
+    """Every sample of ``registry``, as Prometheus would scrape it, summed over labels."""
+    totals: dict[str, float] = {}
+    for family in registry.collect():
+        for sample in family.samples:
+            totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+    return totals
+
+
+def exported(metric: Metric) -> str:
+    """The sample that shows that ``metric`` moved."""
+    return f"{metric.name}_sum" if metric.kind == "histogram" else metric.name
+
+
+def busy_system() -> tuple[Statistics, Traffic]:
+    """Totals as they stand after some work."""
+    statistics = Statistics(busy_s=0.5, batches=3, rows=12, queue_s=0.1)
+    statistics.requests.update({"ok": 4, "429": 1})
+    statistics.close_reasons.update({"engine_free": 2, "full": 1})
+    return statistics, Traffic(received_bytes=1000, sent_bytes=2000, open_streams=2)
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+def test_names_are_unique() -> None:
+    assert len({metric.name for metric in TABLE}) == len(TABLE)
+
+
+@pytest.mark.parametrize("metric", TABLE, ids=lambda metric: metric.name)
+def test_a_metric_follows_the_conventions_of_prometheus(metric: Metric) -> None:
+    assert re.fullmatch(r"datamix(_[a-z]+)+", metric.name)
+    assert metric.name.endswith("_total") == (metric.kind == "counter")
+    unit = metric.name.removesuffix("_total").endswith(UNITS)
+    assert unit != (metric.name in COUNTS)
+    # What the client library appends to a histogram, and units that are not base units.
+    assert not metric.name.endswith(("_count", "_sum", "_bucket", "_ms", "_us", "_percent"))
+    assert metric.help.endswith(".")
+    assert metric.help[0].isupper()
+
+
+@pytest.mark.parametrize("metric", TABLE, ids=lambda metric: metric.name)
+def test_labels_come_from_a_small_fixed_set(metric: Metric) -> None:
+    assert "model" in metric.labels
+    assert set(metric.labels) <= LABELS
+    assert len(set(metric.labels)) == len(metric.labels)
+
+
+@pytest.mark.parametrize("metric", TABLE, ids=lambda metric: metric.name)
+def test_histograms_have_rising_buckets_and_nothing_else_has_any(metric: Metric) -> None:
+    assert bool(metric.buckets) == (metric.kind == "histogram")
+    assert list(metric.buckets) == sorted(set(metric.buckets))
+    assert all(bound > 0 for bound in metric.buckets)
+
+
+# --- recording ----------------------------------------------------------------------------------
+
+
+def test_every_metric_of_the_table_moves() -> None:
+    registry = CollectorRegistry()
+    recorder = Recorder(PrometheusBackend(registry), "small")
+    before = samples(registry)
+    recorder.batch(Timing(queue_s=0.02, compute_s=0.01, batch_rows=8, close_reason="full"))
+    recorder.publish(*busy_system(), 5)
+    after = samples(registry)
+    for metric in TABLE:
+        assert after[exported(metric)] > before.get(exported(metric), 0.0), metric.name
+
+
+def test_values_arrive_under_their_labels() -> None:
+    registry = CollectorRegistry()
+    recorder = Recorder(PrometheusBackend(registry), "small")
+    recorder.batch(Timing(queue_s=0.02, compute_s=0.01, batch_rows=8, close_reason="full"))
+    recorder.publish(*busy_system(), 5)
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, {"model": "small", **labels})
+
+    assert value("datamix_requests_total", outcome="ok") == 4
+    assert value("datamix_requests_total", outcome="429") == 1
+    assert value("datamix_batches_total", close_reason="engine_free") == 2
+    assert value("datamix_batches_total", close_reason="full") == 1
+    assert value("datamix_rows_total") == 12
+    assert value("datamix_engine_busy_seconds_total") == 0.5
+    assert value("datamix_received_bytes_total") == 1000
+    assert value("datamix_sent_bytes_total") == 2000
+    assert value("datamix_queue_rows") == 5
+    assert value("datamix_open_streams") == 2
+    assert value("datamix_batch_rows_sum") == 8
+    assert value("datamix_batch_rows_bucket", le="8.0") == 1
+    assert value("datamix_batch_rows_bucket", le="4.0") == 0
+    assert value("datamix_batch_compute_seconds_sum") == 0.01
+    assert value("datamix_batch_queue_seconds_sum") == 0.02
+
+
+def test_publishing_twice_counts_once() -> None:
+    registry = CollectorRegistry()
+    recorder = Recorder(PrometheusBackend(registry), "small")
+    statistics, traffic = busy_system()
+    recorder.publish(statistics, traffic, 5)
+    once = samples(registry)
+    recorder.publish(statistics, traffic, 5)
+    assert samples(registry) == once
+    statistics.rows += 3
+    statistics.requests["ok"] += 1
+    traffic.open_streams = 0
+    recorder.publish(statistics, traffic, 0)
+    grown = samples(registry)
+    assert grown["datamix_rows_total"] == once["datamix_rows_total"] + 3
+    assert grown["datamix_requests_total"] == once["datamix_requests_total"] + 1
+    assert grown["datamix_open_streams"] == grown["datamix_queue_rows"] == 0
+
+
+def test_a_counter_is_never_asked_to_add_nothing() -> None:
+    """Ray's counters refuse that."""
+
+    class Strict:
+        def record(self, metric: Metric, value: float, labels: dict[str, str]) -> None:
+            assert metric.kind != "counter" or value > 0
+            assert set(labels) == set(metric.labels)
+
+    recorder = Recorder(Strict(), "small")
+    recorder.publish(Statistics(), Traffic(), 0)
+    statistics, traffic = busy_system()
+    for _ in range(2):
+        recorder.publish(statistics, traffic, 5)
+
+
+def test_a_registry_takes_the_table_once() -> None:
+    registry = CollectorRegistry()
+    PrometheusBackend(registry)
+    with pytest.raises(ValueError, match="Duplicated timeseries"):
+        PrometheusBackend(registry)
