@@ -1,0 +1,708 @@
+"""The queue as a pure object, and the batcher around an engine that stops where a test wants."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from datamix.errors import DataMixError, DeadlineExceeded, Overloaded, Unavailable
+from deployments.batcher import Batcher, Computed, Job, Queue, Taken, Timing
+from deployments.engine import Array, Block, Rows
+
+PATIENCE_S = 10.0  # for what must happen at once; only a failing test waits so long
+
+
+def make_job(
+    rows: int = 1,
+    *,
+    block: int = 0,
+    value: float = 0.0,
+    deadline: float | None = None,
+    done: Callable[[Computed | DataMixError], None] = lambda outcome: None,
+) -> Job:
+    features = np.full((rows, 1), value, np.float32)
+    return Job(block=block, rows=Rows(features, None), done=done, deadline=deadline)
+
+
+def counts(jobs: Sequence[Job]) -> list[int]:
+    return [job.count for job in jobs]
+
+
+# --- the queue ----------------------------------------------------------------------------------
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Any order of offers, takes, cancellations and passing time, beside a list that remembers."""
+
+    @initialize(max_batch_rows=st.integers(1, 8), max_queue_rows=st.integers(1, 40))
+    def build(self, max_batch_rows: int, max_queue_rows: int) -> None:
+        self.queue = Queue(max_batch_rows=max_batch_rows, max_queue_rows=max_queue_rows)
+        self.now = 0.0
+        self.waiting: list[Job] = []  # in order of arrival
+        self.left: list[Job] = []
+
+    @rule(data=st.data(), block=st.integers(0, 2), life=st.none() | st.integers(0, 4))
+    def offer(self, data: st.DataObject, block: int, life: int | None) -> None:
+        rows = data.draw(st.integers(1, self.queue.max_batch_rows))
+        job = make_job(rows, block=block, deadline=None if life is None else self.now + life)
+        fits = sum(counts(self.waiting)) + rows <= self.queue.max_queue_rows
+        assert self.queue.offer(job) == fits
+        if fits:
+            self.waiting.append(job)
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(self.waiting)).cancelled = True
+
+    @rule(seconds=st.integers(1, 3))
+    def wait(self, seconds: int) -> None:
+        self.now += seconds
+
+    @rule()
+    def take(self) -> None:
+        live = [job for job in self.waiting if not job.cancelled and not self.is_late(job)]
+        taken = self.queue.take(self.now)
+        self.check_batch(taken, live)
+        for job in taken.expired:
+            assert self.is_late(job)
+            assert not job.cancelled
+        remaining = list(self.queue._jobs)
+        # What left was computed, too late or cancelled, and what stayed kept its order.
+        gone = [job for job in self.waiting if job not in remaining]
+        assert remaining == [job for job in self.waiting if job in remaining]
+        answered = taken.batch + taken.expired
+        assert len(set(map(id, answered))) == len(answered)
+        assert set(map(id, answered)) == {id(job) for job in gone if not job.cancelled}
+        self.left += answered
+        self.waiting = remaining
+
+    def check_batch(self, taken: Taken, live: list[Job]) -> None:
+        if not live:
+            assert taken.batch == []
+            return
+        assert taken.batch[0] is live[0]  # nobody is overtaken for ever
+        same = [job for job in live if job.block == live[0].block]
+        assert taken.batch == same[: len(taken.batch)]  # one block, first come, first served
+        rows = sum(counts(taken.batch))
+        assert rows <= self.queue.max_batch_rows
+        follower = same[len(taken.batch) : len(taken.batch) + 1]
+        full = rows + sum(counts(follower)) > self.queue.max_batch_rows
+        assert full or not follower  # as large as it may be
+        expected = "full" if full or rows == self.queue.max_batch_rows else "engine_free"
+        assert taken.close_reason == expected
+
+    def is_late(self, job: Job) -> bool:
+        return job.deadline is not None and job.deadline <= self.now
+
+    @invariant()
+    def rows_are_counted(self) -> None:
+        if not hasattr(self, "queue"):
+            return
+        assert self.queue.rows == sum(counts(self.waiting)) <= self.queue.max_queue_rows
+        assert len(self.queue) == len(self.waiting)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "queue"):
+            return
+        while len(self.queue):
+            self.take()
+        assert len(set(map(id, self.left))) == len(self.left)  # nothing is answered twice
+        assert self.queue.rows == 0
+
+
+TestQueue = QueueMachine.TestCase
+TestQueue.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def test_an_empty_queue_gives_an_empty_batch() -> None:
+    assert Queue(max_batch_rows=4, max_queue_rows=8).take(0.0).batch == []
+
+
+def test_a_large_request_is_not_overtaken_by_small_ones() -> None:
+    queue = Queue(max_batch_rows=4, max_queue_rows=100)
+    sizes = [3, 2, 1, 4, 1]
+    for size in sizes:
+        queue.offer(make_job(size))
+    batches = []
+    while len(queue):
+        taken = queue.take(0.0)
+        batches.append((counts(taken.batch), taken.close_reason))
+    assert batches == [([3], "full"), ([2, 1], "full"), ([4], "full"), ([1], "engine_free")]
+
+
+def test_other_blocks_keep_their_places() -> None:
+    queue = Queue(max_batch_rows=4, max_queue_rows=100)
+    for block in (1, 0, 1, 2, 0):
+        queue.offer(make_job(block=block))
+    batches = []
+    while len(queue):
+        batches.append([job.block for job in queue.take(0.0).batch])
+    assert batches == [[1, 1], [0, 0], [2]]
+
+
+# --- the batcher --------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class FakeEngine:
+    """Doubles its input. Closed, it stops inside each batch until a test lets one go."""
+
+    closed: bool = False
+    fails_on: Callable[[Sequence[Rows]], bool] = lambda requests: False
+    during: Callable[[], None] = lambda: None
+    name: str = "fake"
+    blocks: Sequence[Block] = (Block((1,), (1,)),) * 3
+    calls: list[tuple[int, list[int]]] = field(default_factory=list)
+    entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    release: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def run(self, block: int, requests: Sequence[Rows]) -> Sequence[Array]:
+        self.calls.append((block, [len(request.features) for request in requests]))
+        self.entered.release()
+        if self.closed:
+            self.release.acquire(timeout=PATIENCE_S)
+        self.during()
+        if self.fails_on(requests):
+            raise RuntimeError("secret 0.1234 in /some/path")
+        return [2 * request.features for request in requests]
+
+    def await_entry(self) -> None:
+        assert self.entered.acquire(timeout=PATIENCE_S)
+
+    def open(self) -> None:
+        self.closed = False
+        self.release.release(100)
+
+
+def fails_on_value(value: float) -> Callable[[Sequence[Rows]], bool]:
+    return lambda requests: any((request.features == value).any() for request in requests)
+
+
+@asynccontextmanager
+async def batching(
+    engine: FakeEngine,
+    *,
+    max_batch_rows: int = 8,
+    max_queue_rows: int = 100,
+    clock: Callable[[], float] | None = None,
+    on_batch: Callable[[Timing], None] = lambda timing: None,
+) -> AsyncIterator[Batcher]:
+    batcher = Batcher(
+        engine,
+        asyncio.get_running_loop(),
+        max_batch_rows=max_batch_rows,
+        max_queue_rows=max_queue_rows,
+        on_batch=on_batch,
+        clock=clock or Clock(),
+    )
+    try:
+        yield batcher
+    finally:
+        engine.open()
+        await batcher.drain(PATIENCE_S)
+
+
+Answer = asyncio.Future[Computed]
+
+
+def submit(
+    batcher: Batcher,
+    value: float = 1.0,
+    rows: int = 1,
+    *,
+    block: int = 0,
+    deadline: float | None = None,
+) -> Answer:
+    """Offer a request; its answer, which fails if it is given twice."""
+    return submit_job(batcher, value, rows, block=block, deadline=deadline)[1]
+
+
+def submit_job(
+    batcher: Batcher,
+    value: float = 1.0,
+    rows: int = 1,
+    *,
+    block: int = 0,
+    deadline: float | None = None,
+) -> tuple[Job, Answer]:
+    answer: Answer = asyncio.get_running_loop().create_future()
+
+    def done(outcome: Computed | DataMixError) -> None:
+        if isinstance(outcome, DataMixError):
+            answer.set_exception(outcome)
+        else:
+            answer.set_result(outcome)
+
+    job = make_job(rows, block=block, value=value, deadline=deadline, done=done)
+    batcher.offer(job)
+    return job, answer
+
+
+async def settled(*answers: Answer) -> list[Computed | BaseException]:
+    async with asyncio.timeout(PATIENCE_S):
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+
+async def computed(*answers: Answer) -> list[Computed]:
+    async with asyncio.timeout(PATIENCE_S):
+        return await asyncio.gather(*answers)
+
+
+async def turn() -> None:
+    """Let everything that is ready on the event loop happen."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Iterator[None]:
+    yield
+    assert [thread for thread in threading.enumerate() if thread.name == "engine"] == []
+
+
+def test_an_idle_engine_starts_at_once() -> None:
+    async def go() -> None:
+        engine = FakeEngine()
+        async with batching(engine) as batcher:
+            (answer,) = await computed(submit(batcher, 3.0, 2))
+            np.testing.assert_array_equal(answer.output, np.full((2, 1), 6.0))
+            assert answer.timing.batch_rows == 2
+            assert answer.timing.close_reason == "engine_free"
+
+    asyncio.run(go())
+
+
+def test_requests_gather_while_the_engine_is_busy() -> None:
+    async def go() -> None:
+        engine = FakeEngine(closed=True)
+        async with batching(engine) as batcher:
+            first = submit(batcher, 1.0)
+            engine.await_entry()
+            others = [submit(batcher, float(n), n) for n in (2, 3)]
+            assert batcher.queue_rows == 5
+            engine.open()
+            answers = await computed(first, *others)
+            assert engine.calls == [(0, [1]), (0, [2, 3])]
+            for answer, n in zip(answers, (1, 2, 3), strict=True):
+                np.testing.assert_array_equal(answer.output, np.full((n, 1), 2.0 * n))
+            assert [answer.timing.batch_rows for answer in answers] == [1, 5, 5]
+            assert {answer.timing.close_reason for answer in answers} == {"engine_free"}
+            assert batcher.queue_rows == 0
+
+    asyncio.run(go())
+
+
+def test_a_full_batch_closes_as_full() -> None:
+    async def go() -> None:
+        engine = FakeEngine(closed=True)
+        async with batching(engine, max_batch_rows=4) as batcher:
+            first = submit(batcher)
+            engine.await_entry()
+            others = [submit(batcher, rows=2) for _ in range(3)]
+            engine.open()
+            answers = await computed(first, *others)
+            assert engine.calls == [(0, [1]), (0, [2, 2]), (0, [2])]
+            assert [answer.timing.close_reason for answer in answers] == [
+                "engine_free",
+                "full",
+                "full",
+                "engine_free",
+            ]
+            assert batcher.statistics.close_reasons == {"engine_free": 2, "full": 1}
+
+    asyncio.run(go())
+
+
+def test_blocks_are_never_mixed() -> None:
+    async def go() -> None:
+        engine = FakeEngine(closed=True)
+        async with batching(engine) as batcher:
+            first = submit(batcher)
+            engine.await_entry()
+            others = [submit(batcher, float(n), block=n % 3) for n in range(6)]
+            engine.open()
+            answers = await computed(first, *others)
+            assert engine.calls == [(0, [1]), (0, [1, 1]), (1, [1, 1]), (2, [1, 1])]
+            for n, answer in enumerate(answers[1:]):
+                assert answer.output == 2 * n
+
+    asyncio.run(go())
+
+
+def test_timings_and_totals() -> None:
+    async def go() -> None:
+        clock = Clock()
+
+        def compute() -> None:
+            clock.now += 0.5
+
+        engine = FakeEngine(closed=True, during=compute)
+        batches: list[Timing] = []
+        async with batching(engine, clock=clock, on_batch=batches.append) as batcher:
+            first = submit(batcher, rows=2)
+            engine.await_entry()
+            clock.now += 0.25
+            assert batcher.busy_s == 0.25  # the running batch counts
+            second = submit(batcher, rows=3)
+            clock.now += 0.25
+            third = submit(batcher)
+            engine.open()
+            one, two, three = await computed(first, second, third)
+            assert one.timing == Timing(0.0, 1.0, 2, "engine_free")
+            assert two.timing == Timing(0.75, 0.5, 4, "engine_free")
+            assert three.timing == Timing(0.5, 0.5, 4, "engine_free")
+            statistics = batcher.statistics
+            assert (statistics.batches, statistics.rows) == (2, 6)
+            assert statistics.busy_s == batcher.busy_s == 1.5
+            assert statistics.queue_s == 1.25
+            await turn()
+            assert batches == [one.timing, two.timing]  # each by its oldest request
+
+    asyncio.run(go())
+
+
+def test_a_full_queue_sheds_at_once_and_says_when_to_come_back() -> None:
+    async def go() -> None:
+        clock = Clock()
+
+        def compute() -> None:
+            clock.now += 2.0
+
+        engine = FakeEngine(closed=True, during=compute)
+        async with batching(engine, max_batch_rows=4, max_queue_rows=6, clock=clock) as batcher:
+            running = submit(batcher)
+            engine.await_entry()
+            waiting = [submit(batcher, rows=3), submit(batcher, rows=3)]
+            with pytest.raises(Overloaded) as raised:
+                submit(batcher)
+            assert str(raised.value) == "the queue holds 6 rows of at most 6, try again later"
+            assert raised.value.retry_after_s is not None
+            assert raised.value.retry_after_s > 0
+            engine.release.release()  # one batch passes, and now it is known how long one takes
+            engine.await_entry()
+            submitted = submit(batcher, rows=3)
+            with pytest.raises(Overloaded) as raised:
+                submit(batcher)
+            assert raised.value.retry_after_s == pytest.approx(2.0 * (1 + 6 / 4))
+            engine.open()
+            await computed(running, *waiting, submitted)
+            assert [rows for _, rows in engine.calls] == [[1], [3], [3], [3]]
+
+    asyncio.run(go())
+
+
+def test_a_deadline_that_passed_is_answered_without_compute() -> None:
+    async def go() -> None:
+        clock = Clock()
+        engine = FakeEngine(closed=True)
+        async with batching(engine, clock=clock) as batcher:
+            running = submit(batcher)
+            engine.await_entry()
+            late = submit(batcher, 2.0, deadline=clock.now + 1)
+            alive = submit(batcher, 3.0, deadline=clock.now + 3)
+            clock.now += 2
+            engine.open()
+            _, late_outcome, alive_outcome = await settled(running, late, alive)
+            assert isinstance(late_outcome, DeadlineExceeded)
+            assert isinstance(alive_outcome, Computed)
+            assert engine.calls == [(0, [1]), (0, [1])]
+
+    asyncio.run(go())
+
+
+def test_a_deadline_that_passes_during_the_computation_changes_nothing() -> None:
+    async def go() -> None:
+        clock = Clock()
+        engine = FakeEngine(closed=True)
+        async with batching(engine, clock=clock) as batcher:
+            answer = submit(batcher, 2.0, deadline=clock.now + 1)
+            engine.await_entry()
+            clock.now += 2
+            engine.open()
+            assert (await computed(answer))[0].output == 4.0
+
+    asyncio.run(go())
+
+
+def test_a_cancelled_request_is_neither_computed_nor_answered() -> None:
+    async def go() -> None:
+        engine = FakeEngine(closed=True)
+        async with batching(engine) as batcher:
+            running, running_answer = submit_job(batcher)
+            engine.await_entry()
+            waiting, waiting_answer = submit_job(batcher)
+            other = submit(batcher, 5.0)
+            running.cancelled = waiting.cancelled = True
+            engine.open()
+            assert (await computed(other))[0].output == 10.0
+            assert engine.calls == [(0, [1]), (0, [1])]
+            assert not running_answer.done()
+            assert not waiting_answer.done()
+
+    asyncio.run(go())
+
+
+# --- faults -------------------------------------------------------------------------------------
+
+
+def test_only_the_request_that_the_engine_fails_on_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def go() -> None:
+        engine = FakeEngine(closed=True, fails_on=fails_on_value(13.0))
+        async with batching(engine) as batcher:
+            running = submit(batcher)
+            engine.await_entry()
+            answers = [submit(batcher, value) for value in (2.0, 13.0, 3.0)]
+            engine.open()
+            _, two, thirteen, three = await settled(running, *answers)
+            assert isinstance(two, Computed)
+            assert isinstance(three, Computed)
+            assert two.output == 4.0
+            assert three.output == 6.0
+            assert isinstance(thirteen, Unavailable)
+            assert str(thirteen) == "the engine failed on this request"
+            assert (await computed(submit(batcher, 7.0)))[0].output == 14.0
+
+    asyncio.run(go())
+    assert [record.message for record in caplog.records] == [
+        "engine failed on a request: RuntimeError"
+    ]
+    assert "secret" not in caplog.text
+
+
+def test_an_engine_that_always_fails_answers_everybody() -> None:
+    async def go() -> None:
+        engine = FakeEngine(fails_on=lambda requests: True)
+        async with batching(engine) as batcher:
+            outcomes = await settled(*(submit(batcher) for _ in range(20)))
+            assert all(isinstance(outcome, Unavailable) for outcome in outcomes)
+            assert batcher.statistics.batches == 0
+            engine.fails_on = lambda requests: False
+            assert (await computed(submit(batcher, 7.0)))[0].output == 14.0
+
+    asyncio.run(go())
+
+
+def test_an_engine_that_loses_an_output_does_not_stop_the_batcher() -> None:
+    class Forgetful(FakeEngine):
+        def run(self, block: int, requests: Sequence[Rows]) -> Sequence[Array]:
+            return super().run(block, requests)[1:]
+
+    async def go() -> None:
+        async with batching(Forgetful()) as batcher:
+            for _ in range(2):
+                (outcome,) = await settled(submit(batcher))
+                assert isinstance(outcome, Unavailable)
+
+    asyncio.run(go())
+
+
+def test_a_callback_that_raises_does_not_hurt_the_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(outcome: Computed | DataMixError) -> None:
+        raise ValueError("secret 0.1234")
+
+    async def go() -> None:
+        engine = FakeEngine(closed=True)
+        async with batching(engine) as batcher:
+            running = submit(batcher)
+            engine.await_entry()
+            batcher.offer(make_job(done=broken))
+            after = submit(batcher, 4.0)
+            engine.open()
+            assert (await computed(running, after))[1].output == 8.0
+            assert engine.calls == [(0, [1]), (0, [1, 1])]
+
+    asyncio.run(go())
+    assert [record.message for record in caplog.records] == [
+        "a request's callback failed: ValueError"
+    ]
+    assert "secret" not in caplog.text
+
+
+# --- the probe ----------------------------------------------------------------------------------
+
+
+def test_the_probe_passes_when_idle() -> None:
+    async def go() -> None:
+        engine = FakeEngine()
+        async with batching(engine) as batcher:
+            await batcher.probe(PATIENCE_S)
+            assert engine.calls == [(0, [1])]
+            assert batcher.statistics.batches == 0
+
+    asyncio.run(go())
+
+
+def test_the_probe_goes_before_waiting_requests() -> None:
+    async def go() -> None:
+        engine = FakeEngine(closed=True)
+        async with batching(engine, max_batch_rows=1) as batcher:
+            answers = [submit(batcher, rows=1, block=1) for _ in range(3)]
+            engine.await_entry()
+            probe = asyncio.create_task(batcher.probe(PATIENCE_S))
+            await turn()
+            engine.open()
+            await probe
+            await computed(*answers)
+            assert [block for block, _ in engine.calls] == [1, 0, 1, 1]
+
+    asyncio.run(go())
+
+
+def test_the_probe_fails_when_the_engine_hangs() -> None:
+    async def go() -> None:
+        engine = FakeEngine(closed=True)
+        async with batching(engine) as batcher:
+            answer = submit(batcher)
+            engine.await_entry()
+            for _ in range(3):
+                with pytest.raises(Unavailable, match="no sign of life in 0.001 s"):
+                    await batcher.probe(0.001)
+            engine.open()
+            await batcher.probe(PATIENCE_S)
+            await computed(answer)
+            # Nobody waits any more for the probes that failed, so they are not run.
+            assert len(engine.calls) == 2
+
+    asyncio.run(go())
+
+
+def test_the_probe_fails_when_the_engine_raises() -> None:
+    async def go() -> None:
+        engine = FakeEngine(fails_on=lambda requests: True)
+        async with batching(engine) as batcher:
+            with pytest.raises(Unavailable) as raised:
+                await batcher.probe(PATIENCE_S)
+            assert str(raised.value) == "the engine failed its health probe: RuntimeError"
+
+    asyncio.run(go())
+
+
+def test_the_probe_fails_when_the_thread_is_gone() -> None:
+    async def go() -> None:
+        async with batching(FakeEngine()) as batcher:
+            await batcher.drain(PATIENCE_S)
+            with pytest.raises(Unavailable):
+                await batcher.probe(0.001)
+
+    asyncio.run(go())
+
+
+# --- draining -----------------------------------------------------------------------------------
+
+
+def test_draining_answers_what_waits_and_refuses_what_comes() -> None:
+    async def go() -> None:
+        engine = FakeEngine(closed=True)
+        async with batching(engine, max_batch_rows=2) as batcher:
+            answers = [submit(batcher, float(n)) for n in range(5)]
+            engine.await_entry()
+            drain = asyncio.create_task(batcher.drain(PATIENCE_S))
+            await turn()
+            with pytest.raises(Unavailable, match="draining"):
+                submit(batcher)
+            engine.open()
+            await drain
+            results = await computed(*answers)
+            assert [float(result.output[0, 0]) for result in results] == [0, 2, 4, 6, 8]
+            assert results[-1].timing.close_reason == "drain"
+            with pytest.raises(Unavailable, match="draining"):
+                submit(batcher)
+
+    asyncio.run(go())
+
+
+def test_draining_an_idle_batcher_stops_its_thread() -> None:
+    async def go() -> None:
+        async with batching(FakeEngine()) as batcher:
+            await batcher.drain(PATIENCE_S)
+            assert "engine" not in [thread.name for thread in threading.enumerate()]
+            await batcher.drain(PATIENCE_S)  # twice does no harm
+
+    asyncio.run(go())
+
+
+def test_draining_gives_up_on_an_engine_that_hangs() -> None:
+    async def go() -> None:
+        engine = FakeEngine(closed=True)
+        async with batching(engine) as batcher:
+            answer = submit(batcher)
+            engine.await_entry()
+            with pytest.raises(Unavailable, match="the queue did not drain in 0.01 s"):
+                await batcher.drain(0.01)
+            engine.open()
+            await computed(answer)
+
+    asyncio.run(go())
+
+
+def test_an_event_loop_that_closed_does_not_break_the_thread() -> None:
+    engine = FakeEngine(closed=True)
+
+    async def begin() -> Batcher:
+        batcher = Batcher(engine, asyncio.get_running_loop(), max_batch_rows=1, max_queue_rows=100)
+        for _ in range(2):
+            batcher.offer(make_job())
+        engine.await_entry()
+        return batcher
+
+    batcher = asyncio.run(begin())
+    engine.open()
+    asyncio.run(batcher.drain(PATIENCE_S))
+    assert len(engine.calls) == 2
+
+
+# --- many at once -------------------------------------------------------------------------------
+
+
+def test_thousands_of_requests_each_get_their_own_answer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def go() -> None:
+        engine = FakeEngine()
+        async with batching(engine, max_batch_rows=64, max_queue_rows=10_000) as batcher:
+            answers = []
+            for n in range(3000):
+                answers.append(submit(batcher, float(n), 1 + n % 4, block=n % 3))
+                if n % 100 == 0:
+                    await turn()
+            for n, answer in enumerate(await computed(*answers)):
+                assert answer.output.shape == (1 + n % 4, 1)
+                assert (answer.output == 2 * n).all()
+            assert batcher.statistics.rows == sum(1 + n % 4 for n in range(3000))
+            assert max(sum(rows) for _, rows in engine.calls) <= 64
+
+    asyncio.run(go())
+    assert caplog.records == []
