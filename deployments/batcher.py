@@ -290,9 +290,10 @@ class Batcher:
             if not job.cancelled:
                 try:
                     job.done(outcome)
-                except Exception:
-                    # One caller's fault may not keep the others from their answers.
-                    logger.exception("a request's callback failed")
+                except Exception as error:
+                    # One caller's fault may not keep the others from their answers. Its text and
+                    # traceback may hold values of the input, so the log gets its type.
+                    logger.error("a request's callback failed: %s", type(error).__name__)
 
     # --- the engine thread's side ---
 
@@ -309,7 +310,8 @@ class Batcher:
                     taken.close_reason = "drain"
                     self._stopped = not len(self._queue)
             for probe in probes:
-                self._answer(probe)
+                if not probe.done():  # else its caller gave up while the engine was busy
+                    self._answer(probe)
             late = DeadlineExceeded("the deadline passed before the computation began")
             if taken.expired:
                 self._post([(job, late) for job in taken.expired])
@@ -322,6 +324,8 @@ class Batcher:
         start = self._running_since = self._clock()
         try:
             outputs = self._engine.run(batch[0].block, [job.rows for job in batch])
+            if len(outputs) != len(batch):
+                raise ValueError(f"{len(outputs)} outputs for {len(batch)} requests")
         except Exception as error:
             self._account(start)
             self._fail(batch, error)
