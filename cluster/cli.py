@@ -46,6 +46,120 @@ def root(
 
 
 @app.command()
+def demo(
+    bundle: Annotated[
+        str | None, typer.Option(help="Folder or URI of the bundle; else the shipped one.")
+    ] = None,
+    devices: Annotated[int, typer.Option(help="Devices, each with a stream of its own.")] = 2000,
+    rate: Annotated[float, typer.Option(help="Inferences (groups) per second, all devices.")] = 60,
+    duration: Annotated[float, typer.Option(help="Seconds in which inferences fall due.")] = 20,
+    seed: Annotated[int, typer.Option(help="Same seed, same schedule.")] = 0,
+    processes: Annotated[int, typer.Option(help="Processes that hold the devices.")] = 1,
+    port: Annotated[int | None, typer.Option(help="The cloud's port; else a free one.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file.")
+    ] = None,
+    html_path: Annotated[
+        Path, typer.Option("--html", help="Write the report to this file.")
+    ] = Path("demo-report.html"),
+) -> None:
+    """Watch thousands of devices classify images through an untrusted cloud on this machine."""
+    from cluster.demo import DemoConfig
+    from cluster.demo import demo as run
+
+    raise typer.Exit(
+        run(
+            DemoConfig(
+                bundle=bundle,
+                devices=devices,
+                rate=rate,
+                duration_s=duration,
+                seed=seed,
+                processes=processes,
+                port=port,
+                json_path=json_path,
+                html_path=html_path,
+            )
+        )
+    )
+
+
+@app.command()
+def serve(
+    bundle: Annotated[str | None, typer.Option(help="Folder or URI of the bundle.")] = None,
+    port: Annotated[int, typer.Option(help="The front door's port.")] = 8000,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster: auto or host:port; else our own.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="torch; null does nothing; emulated:a_s,b_s sleeps a + b * rows.")
+    ] = "torch",
+    echo_shape: Annotated[
+        str | None, typer.Option(help="Row shape of null or emulated without a bundle: C,H,W.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="What the engine computes in.")
+    ] = "float32",
+    threads: Annotated[int | None, typer.Option(help="CPU threads of one forward.")] = None,
+    max_batch_rows: Annotated[int, typer.Option(help="Rows in a batch at most.")] = 256,
+    replicas: Annotated[int, typer.Option(help="Replicas of the backbone.")] = 1,
+) -> None:
+    """Serve a bundle's backbone in the foreground; Ctrl-C takes everything down."""
+    from pydantic import ValidationError
+
+    from cluster.serve import serve as run
+    from deployments.config import Config
+
+    try:
+        config = Config(
+            bundle=bundle,
+            engine=engine,
+            echo_shape=echo_shape.split(",") if echo_shape else None,  # type: ignore[arg-type]
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            max_batch_rows=max_batch_rows,
+            max_request_rows=min(128, max_batch_rows),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+    run(config, port=port, replicas=replicas, address=address)
+
+
+@app.command()
+def infer(
+    files: Annotated[list[Path], typer.Argument(help="Pictures, or uint8 arrays as .npy.")],
+    url: Annotated[str, typer.Option(help="Base URL of the cloud, http://host:port.")],
+    bundle: Annotated[str, typer.Option(help="Folder or URI of the bundle.")],
+    timeout: Annotated[float, typer.Option(help="Seconds until an inference has failed.")] = 30,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write classes and outputs to this file.")
+    ] = None,
+) -> None:
+    """Classify files through the cloud; prints a class per input."""
+    from edge.client import ClientConfig, SyncClient
+    from edge.files import read_inputs
+    from edge.runtime import TorchDevice
+
+    device = TorchDevice(bundle)
+    names, inputs = read_inputs(files, device.manifest.preprocessing.input_shape)
+    with SyncClient(url, device, config=ClientConfig(timeout_s=timeout)) as client:
+        outputs = client.infer(inputs)
+    classes = [device.manifest.class_names[i] for i in outputs.argmax(axis=1)]
+    for name, found in zip(names, classes, strict=True):
+        print(f"{name}: {found}")
+    if json_path is not None:
+        rows = zip(names, classes, outputs.tolist(), strict=True)
+        keys = ("input", "class", "outputs")
+        json_path.write_text(
+            json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1) + "\n"
+        )
+
+
+@app.command()
 def train(
     output: Annotated[Path, typer.Option(help="New folder for the bundle.")],
     dataset: Annotated[str, typer.Option(help="Only fashion-mnist is known.")] = "fashion-mnist",

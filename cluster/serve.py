@@ -1,0 +1,78 @@
+"""`datamix serve`: an application in the foreground, on this machine or on a running cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from cluster.local import APPLICATION, deploy, local_cluster
+from datamix.errors import ConfigError, Unavailable
+from deployments.config import Config
+
+
+def serve(config: Config, *, port: int, replicas: int = 1, address: str | None = None) -> None:
+    """Deploy, say where, stay until Ctrl-C or SIGTERM, take everything down.
+
+    Args:
+        config: the application's settings.
+        port: the front door's port.
+        replicas: how many replicas to run.
+        address: a running Ray cluster (``auto`` or ``host:port``); None for one of our own.
+
+    Raises:
+        ConfigError: the port is taken.
+        Unavailable: the cluster cannot be reached, or the application did not come up.
+    """
+    with contextlib.ExitStack() as stack:
+        if address is None:
+            cluster = local_cluster(config, port=port, replicas=replicas, say=_say)
+            url = stack.enter_context(cluster).url
+        else:
+            url = stack.enter_context(_on_cluster(config, address, port, replicas))
+        print(f"serving at {url}, Ctrl-C ends it", flush=True)
+        _wait_for_signal()
+
+
+@contextlib.contextmanager
+def _on_cluster(config: Config, address: str, port: int, replicas: int) -> Iterator[str]:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, ValueError) as error:
+        raise Unavailable(f"no Ray cluster answers at {address!r}: {error}") from error
+    from ray import serve as ray_serve
+
+    try:
+        if APPLICATION in ray_serve.status().applications:
+            raise ConfigError(f"application {APPLICATION!r} runs on {address!r} already")
+        try:
+            # All interfaces: on a cluster HAProxy of every node is a front door.
+            yield deploy(config, port=port, replicas=replicas, host="0.0.0.0")
+        finally:
+            _say("deleting the application")
+            ray_serve.delete(APPLICATION)
+    finally:
+        ray.shutdown()
+
+
+def _wait_for_signal() -> None:
+    done = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        done.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        done.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    print(f"… {text}", file=sys.stderr, flush=True)

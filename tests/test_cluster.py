@@ -1,0 +1,265 @@
+"""The whole of it on a real cluster: Ray, HAProxy, WebSockets, the shipped bundle, real images."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from datamix import wire
+from datamix.bundle import load_backbone
+from datamix.errors import WireError
+from edge.client import Client, ClientConfig, SyncClient
+from edge.data import load_sample
+from edge.runtime import TorchDevice
+from edge.transport import StreamTransport
+from tests.served import BUNDLE, MARK, ROOT, Served, gone, marked, serving
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+
+Floats = npt.NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def device() -> TorchDevice:
+    return TorchDevice(BUNDLE)
+
+
+@pytest.fixture(scope="module")
+def images() -> npt.NDArray[np.uint8]:
+    return load_sample().images
+
+
+@pytest.fixture(scope="module")
+def local(device: TorchDevice, images: npt.NDArray[np.uint8]) -> Floats:
+    """What the same bundle computes here, unmixed, in float32."""
+    import torch
+
+    _, blocks = load_backbone(BUNDLE)
+    features = device.stem(device.preprocess(images))
+    with torch.inference_mode():
+        for index, block in enumerate(blocks):
+            features = block(torch.from_numpy(features)).numpy()
+            if index < len(blocks) - 1:
+                features = device.bridge(index, features)
+    return device.head(features)
+
+
+def get(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return json.load(answer)
+
+
+def assert_same(outputs: Floats, expected: Floats) -> None:
+    """The same outputs up to float16 on the wire, and the same classes but for near ties."""
+    assert np.abs(outputs - expected).max() < 0.05 * max(1.0, float(np.abs(expected).max()))
+    ordered = np.sort(expected, axis=1)
+    clear = ordered[:, -1] - ordered[:, -2] > 0.2
+    assert clear.mean() > 0.8
+    np.testing.assert_array_equal(outputs.argmax(1)[clear], expected.argmax(1)[clear])
+
+
+@pytest.mark.parametrize("transport", ["stream", "unary"])
+def test_real_images_get_the_classes_that_they_get_locally(
+    cluster: Served,
+    device: TorchDevice,
+    images: npt.NDArray[np.uint8],
+    local: Floats,
+    transport: Any,
+) -> None:
+    with SyncClient(cluster.url, device, transport=transport) as client:
+        outputs = client.infer(images[:203])
+        assert client.client.retries == 0
+    assert_same(outputs, local[:203])
+
+
+def test_two_hundred_clients_at_once(
+    cluster: Served, device: TorchDevice, images: npt.NDArray[np.uint8], local: Floats
+) -> None:
+    async def one(number: int) -> None:
+        start = number * 5
+        async with Client(cluster.url, device) as client:
+            outputs = await client.infer(images[start : start + 5])
+        assert_same(outputs, local[start : start + 5])
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(one(number) for number in range(200)))
+
+    before = get(f"{cluster.url}/v2/stats")
+    asyncio.run(all_of_them())
+    after = get(f"{cluster.url}/v2/stats")
+    groups, rounds, rows = 200 * 2, len(device.manifest.blocks), device.manifest.group_size
+    assert after["rows"] - before["rows"] == groups * rounds * rows
+    # They were computed together, not one by one.
+    assert after["batches"] - before["batches"] < groups * rounds
+
+
+def test_a_malformed_message_beside_good_ones(
+    cluster: Served, device: TorchDevice, images: npt.NDArray[np.uint8], local: Floats
+) -> None:
+    good = wire.encode_request(
+        np.zeros((4, *device.manifest.blocks[0].input_shape), np.float32), request_id="broken"
+    )
+    name = device.manifest.name
+
+    async def run() -> None:
+        async with Client(cluster.url, device) as client:
+            transport = client._transport
+            assert isinstance(transport, StreamTransport)
+            for number in range(20):
+                answers = await asyncio.gather(
+                    client.infer(images[:8]),
+                    # No id can be read from the first; the others are told what is wrong.
+                    _quietly(transport.send(b"junk", f"junk-{number}", 0.2)),
+                    transport.send(good[:-3], "broken", 5),
+                )
+                assert_same(answers[0], local[:8])
+                assert answers[2].status == 400
+            assert transport.connections == 1
+
+    asyncio.run(run())
+    request = urllib.request.Request(
+        f"{cluster.url}/v2/models/{name}/infer", b"junk", {"content-type": wire.MEDIA_TYPE}
+    )
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(request, timeout=10)
+    assert raised.value.code == WireError.status
+    assert list(json.load(raised.value)) == ["error"]
+
+
+async def _quietly(work: Any) -> None:
+    with pytest.raises(Exception, match="no answer within"):
+        await work
+
+
+def test_a_killed_replica_loses_nothing(
+    cluster: Served, device: TorchDevice, images: npt.NDArray[np.uint8], local: Floats
+) -> None:
+    """kill -9 of the only replica while 20 clients infer: all get their answers, all right."""
+    killed = False
+    patience = ClientConfig(timeout_s=90, attempt_timeout_s=5, retry_reserve=100)
+
+    async def one(number: int) -> int:
+        nonlocal killed
+        async with Client(cluster.url, device, config=patience) as client:
+            for turn in range(15):
+                if number == 0 and turn == 5:
+                    os.kill(get(f"{cluster.url}/v2/stats")["pid"], signal.SIGKILL)
+                    killed = True
+                start = (number * 15 + turn) % 900
+                assert_same(await client.infer(images[start : start + 8]), local[start : start + 8])
+                if killed and turn > 10:
+                    await asyncio.sleep(0)
+            return client.retries
+
+    async def all_of_them() -> list[int]:
+        return await asyncio.gather(*(one(number) for number in range(20)))
+
+    before = get(f"{cluster.url}/v2/stats")["replica"]
+    retries = asyncio.run(all_of_them())
+    assert killed
+    assert sum(retries) > 0, "nobody noticed, so the replica was not killed under load"
+    assert get(f"{cluster.url}/v2/stats")["replica"] != before
+
+
+def test_a_fleet_is_answered_right(cluster: Served, tmp_path: Path) -> None:
+    report = tmp_path / "fleet.json"
+    command = ["simulate", "--url", cluster.url, "--bundle", cluster.bundle, "--devices", "200"]
+    command += ["--rate", "30", "--duration", "5", "--json", str(report)]
+    done = _datamix(*command)
+    summary = json.loads(report.read_text())
+    assert done.returncode in (0, 3), done.stderr  # 3: this machine could not make the load in time
+    assert summary["wrong"] == summary["unsent"] == 0
+    assert not summary["failed"]
+    assert summary["ok"] == summary["inferences"] > 100
+
+
+def test_infer_prints_a_class_per_file(
+    cluster: Served, tmp_path: Path, images: npt.NDArray[np.uint8], local: Floats
+) -> None:
+    from PIL import Image
+
+    np.save(tmp_path / "some.npy", images[:3, 0])
+    Image.fromarray(images[3, 0]).save(tmp_path / "one.png")
+    done = _datamix(
+        "infer", "--url", cluster.url, "--bundle", cluster.bundle,
+        str(tmp_path / "some.npy"), str(tmp_path / "one.png"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names = TorchDevice(BUNDLE).manifest.class_names
+    expected = [names[i] for i in local[:4].argmax(axis=1)]
+    assert [line.rsplit(": ", 1)[1] for line in done.stdout.splitlines()] == expected
+
+
+def test_an_unknown_model_is_404(cluster: Served) -> None:
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        get(f"{cluster.url}/v2/models/nobody")
+    assert raised.value.code == 404
+
+
+def test_ctrl_c_leaves_no_process() -> None:
+    with serving("--engine", "null", "--echo-shape", "2,3,3", bundle=None) as served:
+        assert get(f"{served.url}/v2/models/echo")["parameters"]["engine"] == "null"
+        assert len(marked(served.mark)) > 5
+    assert served.process.returncode == 0
+    assert gone(served.mark, 5) == []
+
+
+def test_a_taken_port_is_one_sentence(cluster: Served) -> None:
+    port = cluster.url.rsplit(":", 1)[1]
+    done = _datamix("serve", "--bundle", cluster.bundle, "--port", port)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(f"datamix: port {port} cannot be used")
+
+
+@pytest.mark.timeout(300)
+def test_the_demo_tells_the_truth(tmp_path: Path) -> None:
+    figures, page = tmp_path / "demo.json", tmp_path / "demo.html"
+    mark = uuid.uuid4().hex
+    command = ["demo", "--devices", "300", "--rate", "20", "--duration", "5"]
+    start = time.monotonic()
+    done = _datamix(*command, "--json", str(figures), "--html", str(page), mark=mark)
+    assert time.monotonic() - start < 240
+    assert done.returncode in (0, 3), done.stderr
+    assert gone(mark, 5) == []
+    result = json.loads(figures.read_text())
+    assert (done.returncode == 0) is result["valid"]
+    assert result["clients"] == 300
+    assert result["wrong"] == 0
+    assert result["ok"] == result["inferences"]
+    assert result["accuracy_cloud"] == pytest.approx(result["accuracy_local"], abs=0.01)
+    assert result["accuracy_cloud"] > 0.85
+    for field in (
+        "invalid_reason", "offered_rate", "throughput", "rows_per_s", "failed", "retries", "unsent",
+        "latency_s", "latency_from_send_s", "generator_lag_s", "batch_rows_mean",
+        "engine_busy_ratio", "edge_flops_share", "bytes_up_per_input", "bytes_down_per_input",
+        "rounds", "mode",
+    ):  # fmt: skip
+        assert field in result, field
+    assert "obfuscation" in done.stdout
+    html = page.read_text()
+    assert "obfuscation" in html
+    assert "http://" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "")
+
+
+def _datamix(*arguments: str, mark: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli", *arguments],
+        cwd=ROOT,
+        env={**os.environ, MARK: mark},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
