@@ -186,7 +186,8 @@ def _lines(
         )
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.set_ylim(bottom=0)
+    highest = max((b for _, values, _ in lines for b in values if math.isfinite(b)), default=0)
+    axes.set_ylim(0, 1.1 * highest or 1)
     if len(lines) > 1:
         axes.legend(frameon=False)
 
@@ -201,8 +202,13 @@ def _distribution(axes: Axes, series: Series) -> None:
     axes.set_xlabel("latency in ms (logarithmic)")
     axes.set_ylabel("% of inferences")
     if series.latencies_s:
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
         axes.set_xscale("log")
-    axes.set_ylim(0, 101)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(0, 102)
 
 
 def _draw(fill: Callable[[Any], None]) -> str:

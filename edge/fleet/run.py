@@ -199,6 +199,7 @@ class _Fleet:
         self._latest: dict[int, Progress] = {}
         self._latencies_s: list[float] = []
         self._shown_s = 0.0
+        self._shown_elapsed_s = 0.0
         self._shown = dict.fromkeys((item.name for item in dataclasses.fields(Counters)), 0)
 
     def wait_ready(self, on_progress: OnProgress | None) -> None:
@@ -267,8 +268,7 @@ class _Fleet:
     def _show(self, phase: str, sampler: Sampler | None, on_progress: OnProgress | None) -> None:
         """Report progress about once a second."""
         now = time.monotonic()
-        span_s = now - self._shown_s
-        if on_progress is None or span_s < 1.0:
+        if on_progress is None or now - self._shown_s < 0.99:
             return
         latest = list(self._latest.values())
         counters = _add([part.counters for part in latest])
@@ -277,6 +277,8 @@ class _Fleet:
             use([s for s in sampler.samples if s.at_s > now - 3]) if sampler else Use(None, None)
         )
         elapsed_s = max((part.elapsed_s for part in latest), default=0.0)
+        # By the shards' own clock: their words come twice a second, not when they are shown.
+        span_s = max(elapsed_s - self._shown_elapsed_s, 1e-3)
         cpu_s = sum(part.cpu_s for part in latest)
         on_progress(
             FleetProgress(
@@ -296,7 +298,7 @@ class _Fleet:
                 generator_cpu_ratio=cpu_s / elapsed_s if elapsed_s > 0 else 0.0,
             )
         )
-        self._shown_s, self._shown = now, counters
+        self._shown_s, self._shown_elapsed_s, self._shown = now, elapsed_s, counters
         self._latencies_s.clear()
 
 
