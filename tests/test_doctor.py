@@ -316,3 +316,24 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code:
 
     monkeypatch.setattr(doctor, "diagnose", fail)
     assert run("doctor") == code
+
+
+@pytest.mark.parametrize("name", ["torch", "ray"])
+def test_a_missing_extra_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    def fail(**_: object) -> list[Check]:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(doctor, "diagnose", fail)
+    assert run("doctor") == 1
+    assert f"needs {name}, which is not installed" in capsys.readouterr().err
+
+
+def test_a_module_that_should_be_there_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> list[Check]:
+        raise ModuleNotFoundError("No module named 'edge.nope'", name="edge.nope")
+
+    monkeypatch.setattr(doctor, "diagnose", fail)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["doctor"])
