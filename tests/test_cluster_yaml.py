@@ -168,3 +168,13 @@ def test_the_cloud_gets_neither_device_code_nor_device_weights(config: dict[str,
 
 def test_the_dashboard_listens_on_loopback_only(config: dict[str, Any]) -> None:
     assert "--dashboard-host=127.0.0.1" in config[STARTS[0]][-1]
+
+
+def test_serve_yaml_finds_its_bundle_on_the_nodes(config: dict[str, Any]) -> None:
+    served = yaml.safe_load((ROOT / "deployments/serve.yaml").read_text())
+    bundle = Path(served["applications"][0]["args"]["bundle"])
+    assert bundle.parts[0] == "bundles" and not bundle.is_absolute()
+    for key in STARTS:
+        (folder,) = re.findall(r"^cd (\S+);", config[key][-1])
+        assert f"{folder}/bundles" in config["file_mounts"]
+        assert exports(config[key])["PYTHONPATH"] == folder

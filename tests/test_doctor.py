@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -244,6 +245,12 @@ def test_no_cloud() -> None:
     assert check.status == "fail" and "refused" in check.found
     with pytest.raises(ConfigError, match="expected http://host:port"):
         doctor.check_cloud("ws://127.0.0.1")
+
+
+@pytest.mark.cluster
+def test_a_real_cloud_has_haproxy_in_front(cluster: Any) -> None:
+    found = statuses(doctor.diagnose(url=cluster.url, bundle=str(cluster.bundle), devices=10))
+    assert found["cloud"] == found["HAProxy in front"] == found["bundle"] == "ok"
 
 
 # ------------------------------------------------------------------ as a whole
