@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,6 @@ def test_the_page_shows_every_plot_and_figure_and_fetches_nothing(tmp_path: Path
 
 
 def test_the_page_says_what_plain_mixing_is_worth(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     text = " ".join(read_page(tmp_path, replace(make_run(), mode="mix")).text)
     assert "Plain mixing is obfuscation: source separation recovers the inputs" in text
 
@@ -86,8 +85,6 @@ def test_an_invalid_run_says_so_first(tmp_path: Path) -> None:
 
 
 def test_a_run_without_statistics_leaves_those_plots_out(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     reader = read_page(tmp_path, replace(make_run(), samples=[]))
     assert reader.tags.count("svg") == 3
 

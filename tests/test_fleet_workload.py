@@ -143,6 +143,12 @@ def test_without_verification_nothing_is_compared(linear: Bench) -> None:
     assert not outcome.wrong and outcome.correct_local == 0
 
 
+def test_the_shipped_sample_is_the_default(linear: Bench) -> None:
+    workload = bundle_workload(replace(linear.config, inputs=None), inferences=300)
+    outcomes = [complete(workload, index, linear.cloud) for index in range(0, 300, 50)]
+    assert not any(outcome.wrong for outcome in outcomes)
+
+
 def test_inputs_that_do_not_fit_are_refused(linear: Bench, tmp_path: Path) -> None:
     for arrays in (
         {"images": np.zeros((2, 1, 28, 27), np.uint8), "labels": np.zeros(2)},
