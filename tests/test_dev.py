@@ -169,6 +169,12 @@ def test_a_failed_install_is_retried_from_scratch(house: House) -> None:
     assert not (house.root / ".venv" / "half-written").exists()
 
 
+def test_no_compiler_is_mentioned_when_the_install_fails(house: House) -> None:
+    assert "build-essential" in sentence(house.run("demo", FAKE_PIP_FAILS="1")[2])
+    house.put("cc", "#!/bin/sh\n")
+    assert "build-essential" not in sentence(house.run("demo", FAKE_PIP_FAILS="1")[2])
+
+
 def test_a_killed_install_leaves_no_stale_lock(house: House) -> None:
     killed = house.start("demo", env={"FAKE_PIP_SECONDS": "1"})
     while not house.installs():
