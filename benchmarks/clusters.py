@@ -94,7 +94,7 @@ def _default(options: dict[str, Any]) -> None:
             wait_ready(f"http://127.0.0.1:{port}", 60)
             _serve_until_told(f"http://127.0.0.1:{port}")
         finally:
-            serve.shutdown()
+            serve.shutdown()  # type: ignore[no-untyped-call]
             ray.shutdown()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -73,12 +73,12 @@ def main() -> None:
     }
     with (
         clusters.start("ours", engine="null", echo_shape=SHAPE) as ours,
-        clusters.start("default", engine="null") as default,
+        clusters.start("default") as default,
         bare_server() as bare,
     ):
         stream = f"ws{ours.removeprefix('http')}/v2/models/echo/stream"
         unary = f"{ours}/v2/models/echo/infer"
-        arms = {
+        arms: dict[str, Callable[[], load.Load]] = {
             "ours, stream": lambda: load.run("stream", stream, message, mark="ours", **common),
             "ours, HTTP POST": lambda: load.run(
                 "post", unary, message, mark="ours", headers=http, **common
@@ -95,7 +95,7 @@ def main() -> None:
                 print(
                     f"round {number + 1}: {name}: {runs[name][-1].rate:,.0f} messages/s", flush=True
                 )
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "path": name,
             "messages/s": statistics.median(r.rate for r in each),

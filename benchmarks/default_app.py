@@ -16,13 +16,9 @@ from datamix import wire
 class Echo:
     """Decodes an Arrow body, batches with ``@serve.batch`` at its defaults, echoes the rows."""
 
-    def __init__(
-        self, engine: str = "null", a_s: float = 0.0, b_s: float = 0.0, max_batch_size: int = 0
-    ) -> None:
+    def __init__(self, a_s: float = 0.0, b_s: float = 0.0) -> None:
         """Echo after ``a_s + b_s * rows`` seconds per batch."""
         self.a_s, self.b_s = a_s, b_s
-        if max_batch_size:
-            self.compute.set_max_batch_size(max_batch_size)
 
     @serve.batch
     async def compute(self, requests: list[wire.Request]) -> list[np.ndarray]:
@@ -38,7 +34,7 @@ class Echo:
         if http.method == "GET":
             return JSONResponse({"ready": True})
         request = wire.decode_request(await http.body())
-        rows = await self.compute(request)
+        rows: np.ndarray = await self.compute(request)
         body = wire.encode_response(
             rows,
             dtype=request.dtype,

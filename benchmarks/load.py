@@ -11,8 +11,10 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import psutil
 import uvloop
 from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
@@ -82,15 +84,23 @@ class _Stream(WSListener):
             transport.disconnect()
 
 
+def _same(listener: _Stream) -> _Stream:
+    return listener
+
+
 async def _streams(
-    url: str, message: bytes, streams: int, depth: int, warm_s: float, run_s: float, barrier: Any
+    url: str,
+    message: bytes,
+    streams: int,
+    depth: int,
+    warm_s: float,
+    run_s: float,
+    least_bytes: int,
+    barrier: Any,
 ) -> tuple[int, float, float]:
-    listeners = []
-    for _ in range(streams):
-        _, listener = await ws_connect(
-            lambda: _Stream(message, depth, len(message) // 2), url, extra_headers=HEADERS
-        )
-        listeners.append(listener)
+    listeners = [_Stream(message, depth, least_bytes) for _ in range(streams)]
+    for listener in listeners:
+        await ws_connect(partial(_same, listener), url, extra_headers=HEADERS)
     await asyncio.to_thread(barrier.wait)
     for listener in listeners:
         listener.begin()
@@ -145,7 +155,7 @@ async def _measure(
 
 
 def _process(kind: str, arguments: tuple[Any, ...], results: Any, barrier: Any) -> None:
-    work = {"stream": _streams, "post": _posts}[kind]
+    work: Any = _streams if kind == "stream" else _posts
     try:
         results.put(uvloop.run(work(*arguments, barrier=barrier)))
     except Exception as error:
@@ -178,6 +188,7 @@ def run(
     run_s: float = 5.0,
     mark: str = "",
     headers: dict[str, str] | None = None,
+    least_share: float = 0.5,
 ) -> Load:
     """Load ``url`` and say what came of it.
 
@@ -192,11 +203,20 @@ def run(
         run_s: measured, in seconds.
         mark: the cluster whose server processes are to be counted.
         headers: for ``post``.
+        least_share: the least an answer must have of the request's size; less is an error.
     """
     spawn = multiprocessing.get_context("spawn")
     results, barrier = spawn.Queue(), spawn.Barrier(processes + 1)
     each = connections // processes
-    arguments: tuple[Any, ...] = (url, message, each, depth, warm_s, run_s)
+    arguments: tuple[Any, ...] = (
+        url,
+        message,
+        each,
+        depth,
+        warm_s,
+        run_s,
+        int(least_share * len(message)),
+    )
     if kind == "post":
         arguments = (url, message, each, warm_s, run_s, headers or {})
     workers = [
@@ -232,3 +252,101 @@ def run(
         server_cpu_s=after - before,
         bytes_each=len(message),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """What an open-loop run of single posts saw; latency counts from the scheduled send.
+
+    Attributes:
+        offered: requests that fell due per second.
+        answered: requests answered within the time they fell due in, per second.
+        p50_s: median latency in seconds.
+        p99_s: 99th percentile.
+        failed: answers that were errors, and requests without an answer 10 s after the end.
+        lag_p99_s: how late the client itself was, 99th percentile.
+    """
+
+    offered: float
+    answered: float
+    p50_s: float
+    p99_s: float
+    failed: int
+    lag_p99_s: float
+
+
+async def _open_posts(
+    url: str, message: bytes, times: list[float], headers: dict[str, str]
+) -> Open:
+    import aiohttp
+
+    loop = asyncio.get_running_loop()
+    latencies: list[float] = []
+    lags: list[float] = []
+    done_at: list[float] = []
+    failed = 0
+
+    async def one(session: aiohttp.ClientSession, due: float) -> None:
+        nonlocal failed
+        lags.append(loop.time() - due)
+        try:
+            async with session.post(url, data=message, headers=headers) as reply:
+                body = await reply.read()
+                if reply.status != 200 or len(body) < len(message) // 2:
+                    failed += 1
+                    return
+        except aiohttp.ClientError:
+            failed += 1
+            return
+        latencies.append(loop.time() - due)
+        done_at.append(loop.time())
+
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        start = loop.time() + 0.1
+        tasks = []
+        for offset in times:
+            if (wait := start + offset - loop.time()) > 0:
+                await asyncio.sleep(wait)
+            tasks.append(asyncio.create_task(one(session, start + offset)))
+        _, pending = await asyncio.wait(tasks, timeout=10)
+        failed += len(pending)
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    span = times[-1]
+    # A request that never came back waited at least until the end: it must not look fast.
+    latencies += [10.0] * failed
+    return Open(
+        offered=len(times) / span,
+        answered=sum(at <= start + span for at in done_at) / span,
+        p50_s=float(np.quantile(latencies, 0.5)),
+        p99_s=float(np.quantile(latencies, 0.99)),
+        failed=failed,
+        lag_p99_s=float(np.quantile(lags, 0.99)),
+    )
+
+
+def _open_process(results: Any, *arguments: Any) -> None:
+    results.put(uvloop.run(_open_posts(*arguments)))
+
+
+def open_posts(
+    url: str, message: bytes, *, rate: float, seconds: float, seed: int, headers: dict[str, str]
+) -> Open:
+    """Post ``message`` at Poisson times, ``rate`` per second, from a process of its own."""
+    gaps = np.random.default_rng(seed).exponential(1 / rate, int(rate * seconds * 2))
+    times = [float(t) for t in np.cumsum(gaps) if t < seconds]
+    spawn = multiprocessing.get_context("spawn")
+    results = spawn.Queue()
+    worker = spawn.Process(
+        target=_open_process, args=(results, url, message, times, headers), daemon=True
+    )
+    worker.start()
+    try:
+        found: Open = results.get(timeout=seconds + 60)
+    finally:
+        worker.join(5)
+        if worker.is_alive():
+            worker.kill()
+    return found
