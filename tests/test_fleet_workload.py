@@ -116,7 +116,7 @@ def linear(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture(scope="module")
 def bent(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("bent"), Architecture("resnet18", {"cut": 3}), 0.02)
+    return Bench(tmp_path_factory.mktemp("bent"), Architecture("resnet18", {"cut": 3}), 1e-3)
 
 
 @pytest.mark.parametrize("name", ["linear", "bent"])
@@ -135,6 +135,12 @@ def test_the_bundles_own_answers_are_right_and_a_neighbours_are_not(
         return bench.cloud(block, mixtures[[1, 0, 2]])
 
     assert complete(workload, 0, of_a_neighbour).wrong
+
+
+def test_a_tolerance_that_would_see_no_mix_up_is_refused(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, Architecture("convnet", {"n_blocks": 1}), tolerance=1.0)
+    with pytest.raises(ConfigError, match="nothing would be verified"):
+        bundle_workload(bench.config, inferences=1)
 
 
 def test_without_verification_nothing_is_compared(linear: Bench) -> None:

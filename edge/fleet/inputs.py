@@ -73,14 +73,19 @@ def load_inputs(path: str | None, manifest: Manifest) -> tuple[Array, Array]:
 
 
 def compute_reference(bundle: str, device: TorchDevice, features: Floats) -> Reference:
-    """Run the backbone locally, which no real device could: a simulator may know the answers."""
+    """Run the backbone locally, which no real device could: a simulator may know the answers.
+
+    Raises:
+        BundleError: a backbone that can't be read or trusted.
+        ConfigError: the tolerance is too wide to tell one input's answer from another's.
+    """
     manifest, blocks = load_backbone(bundle)
 
     def run(block: int, rows: Floats) -> Floats:
         with torch.inference_mode():
             return _numpy(blocks[block], rows)
 
-    outputs = []
+    outputs: list[Floats] = []
     for index in range(len(blocks)):
         features = _chunked(lambda part, index=index: run(index, part), features)
         outputs.append(features)
@@ -88,8 +93,28 @@ def compute_reference(bundle: str, device: TorchDevice, features: Floats) -> Ref
             features = _chunked(lambda part, i=index: device.bridge(i, part), features)
     classes = _chunked(device.head, features).argmax(axis=1)
     if _is_linear(manifest):
-        return Reference(classes, manifest.tolerance, outputs=tuple(outputs))
-    return Reference(classes, manifest.tolerance, recompute=run)
+        reference = Reference(classes, manifest.tolerance, outputs=tuple(outputs))
+    else:
+        reference = Reference(classes, manifest.tolerance, recompute=run)
+    check_telling(reference, outputs)
+    return reference
+
+
+def check_telling(reference: Reference, outputs: list[Floats]) -> None:
+    """Refuse a tolerance in which answers to different inputs are alike: it would see no mix-up.
+
+    Raises:
+        ConfigError: more than 1% of the inputs can't be told from their neighbour.
+    """
+    for block, values in enumerate(outputs):
+        others = np.roll(values, 1, axis=0)
+        told = [reference.differs(*pair) for pair in zip(values, others, strict=True)]
+        if len(values) > 1 and np.mean(told) < 0.99:
+            raise ConfigError(
+                f"the tolerance {reference.tolerance} tells only {np.mean(told):.0%} of the inputs "
+                f"from others by what block {block} answers, expected 99%: nothing would be "
+                "verified (--no-verify runs without)"
+            )
 
 
 def _is_linear(manifest: Manifest) -> bool:
