@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cluster.cli import main
-from datamix.bundle import ArchitectureSpec, save_bundle
+from datamix.bundle import ArchitectureSpec, read_manifest, save_bundle
 from datamix.errors import ConfigError
 from datamix.models import Architecture, SplitModel, build, count_flops
 from edge.data import Dataset, load_sample
@@ -129,3 +129,22 @@ def test_the_command_prints_and_writes(
         main(["evaluate", "--bundle", str(tmp_path / "none")])
     assert end.value.code == 1
     assert "no manifest.json in bundle" in capsys.readouterr().err
+
+
+SHIPPED = Path(__file__).parent.parent / "bundles" / "fashion-mnist-mix"
+
+
+def test_the_shipped_bundle_keeps_its_promise() -> None:
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 3_000_000
+    found = evaluate(SHIPPED, load_sample())
+    assert (found.mode, found.group_size) == ("mix", 4)
+    assert found.accuracy_mixed >= 0.91
+    assert abs(found.accuracy_mixed - found.accuracy_unmixed) <= 0.003
+    assert found.accuracy_edge_only is not None
+    assert found.edge_flops_share < 0.2
+    assert found.edge_flops_share_collapsed < 0.2
+    metrics = read_manifest(SHIPPED).metrics
+    assert metrics["accuracy_mixed"] >= 0.91
+    assert metrics["test_images"] == 10_000
+    # A thousand images tell an accuracy to about two points.
+    assert abs(found.accuracy_mixed - metrics["accuracy_mixed"]) < 0.02
