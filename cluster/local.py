@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import random
 import resource
 import shutil
 import socket
@@ -87,8 +88,14 @@ def check_port(port: int) -> None:
 
 
 def _free_range(size: int) -> int:
-    """Start of ``size`` ports in a row that are free now, below the ephemeral range."""
-    for start in range(20000, 32000, size):
+    """Start of ``size`` ports in a row that are free now, below the ephemeral range.
+
+    Drawn at random: two clusters that start at the same moment must not take the same range, or
+    one's HAProxy would find the other's replicas on the ports it expects its own on.
+    """
+    starts = list(range(20000, 32000, size))
+    random.SystemRandom().shuffle(starts)
+    for start in starts:
         try:
             for port in (start, start + size // 2, start + size - 1):
                 check_port(port)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,12 +62,14 @@ def get(url: str) -> Any:
         return json.load(answer)
 
 
+TOLERANCE = 0.02  # of an output; outputs reach 10, and float16 on the wire moves them by 0.001
+
+
 def assert_same(outputs: Floats, expected: Floats) -> None:
-    """The same outputs up to float16 on the wire, and the same classes but for near ties."""
-    assert np.abs(outputs - expected).max() < 0.05 * max(1.0, float(np.abs(expected).max()))
-    ordered = np.sort(expected, axis=1)
-    clear = ordered[:, -1] - ordered[:, -2] > 0.2
-    assert clear.mean() > 0.8
+    """The same outputs within the tolerance, so the same classes wherever they are not tied."""
+    np.testing.assert_allclose(outputs, expected, rtol=0, atol=TOLERANCE)
+    best_two = np.sort(expected, axis=1)[:, -2:]
+    clear = best_two[:, 1] - best_two[:, 0] > 2 * TOLERANCE
     np.testing.assert_array_equal(outputs.argmax(1)[clear], expected.argmax(1)[clear])
 
 
@@ -250,7 +253,7 @@ def test_the_demo_tells_the_truth(tmp_path: Path) -> None:
     assert "obfuscation" in done.stdout
     html = page.read_text()
     assert "obfuscation" in html
-    assert "http://" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "")
+    assert not re.search(r"""(src|href)=["']?(https?:)?//|@import|url\(["']?http""", html)
 
 
 def _datamix(*arguments: str, mark: str = "") -> subprocess.CompletedProcess[str]:
