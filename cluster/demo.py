@@ -109,7 +109,8 @@ def demo(config: DemoConfig) -> int:
     if config.json_path is not None:
         result = {**summary.as_dict(), "edge_flops_share": edge_flops_share}
         config.json_path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    write_page(config.html_path, summary, summary.series, rows, "DataMix: the demo's report")
+    extra = [("share of the FLOPs on the device", share(edge_flops_share))]  # the rest it has
+    write_page(config.html_path, summary, summary.series, extra, "DataMix: the demo's report")
     print(f"report: {config.html_path}", file=sys.stderr)
     return INTERRUPTED if summary.interrupted else summary.exit_code
 
