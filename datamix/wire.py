@@ -226,6 +226,7 @@ def _unframe(
         if first.type != "schema" or not flat.is_little_endian(first.metadata.to_pybytes()):
             raise WireError("message does not start with a little-endian Arrow schema")
         schema = pa.ipc.read_schema(first)
+        names = schema.names  # raises where a name is not UTF-8
         second = pa.ipc.read_message(reader)
         if second.type != "record batch":
             raise WireError(f"message holds a {second.type}, expected one record batch")
@@ -235,7 +236,6 @@ def _unframe(
         raise WireError("body is not a complete Arrow IPC stream") from error
     if memoryview(body)[reader.tell() :] != _END:
         raise WireError("record batch is not followed by the end of the stream and nothing else")
-    names = schema.names
     if names not in (["features"], ["features", "scale"]):
         raise WireError(f"message has {len(names)} columns, expected features, or with int8 scale")
     tensor = schema.field(0).type
