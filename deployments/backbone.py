@@ -70,16 +70,20 @@ class Backbone:
         await self.batcher.probe(self.config.health_timeout_s)
 
     async def close(self, timeout_s: float = 10.0) -> None:
-        """Drain: refuse new requests, answer the waiting ones, stop the engine's thread."""
-        self.ready = False
-        await self.batcher.drain(timeout_s)
-        self._publisher.cancel()
-        await asyncio.gather(self._publisher, return_exceptions=True)
+        """Drain: refuse new requests, answer the waiting ones, stop the engine's thread.
 
-    async def __del__(self) -> None:  # Ray awaits the destructor of a replica that it stops
-        """Drain when Ray stops the replica."""
-        if getattr(self, "ready", False):
-            await self.close()
+        The ASGI server calls this at its shutdown (lifespan), and so does Ray when it stops the
+        replica.
+
+        Raises:
+            Unavailable: requests were still waiting after ``timeout_s``.
+        """
+        self.ready = False
+        try:
+            await self.batcher.drain(timeout_s)
+        finally:
+            self._publisher.cancel()
+            await asyncio.gather(self._publisher, return_exceptions=True)
 
     def check_model(self, model: str, version: str | None) -> None:
         """Refuse a model or version that is not served here.
@@ -165,7 +169,7 @@ class Backbone:
             "batch_rows_mean": statistics.rows / max(1, statistics.batches),
             "queue_s": statistics.queue_s,
             "queue_rows": self.batcher.queue_rows,
-            "requests": dict(statistics.requests),
+            "requests": dict(self.traffic.requests),
             "close_reasons": dict(statistics.close_reasons),
             "open_streams": self.traffic.open_streams,
             "received_bytes": self.traffic.received_bytes,

@@ -154,7 +154,6 @@ class Statistics:
         busy_s: time the engine computed, in seconds.
         batches: batches computed.
         rows: rows computed.
-        requests: requests by outcome: ``ok`` or an HTTP status.
         close_reasons: batches by why they closed.
         queue_s: summed wait of all requests that were computed, in seconds.
     """
@@ -162,7 +161,6 @@ class Statistics:
     busy_s: float = 0.0
     batches: int = 0
     rows: int = 0
-    requests: Counter[str] = field(default_factory=Counter)
     close_reasons: Counter[str] = field(default_factory=Counter)
     queue_s: float = 0.0
 
@@ -285,8 +283,6 @@ class Batcher:
 
     def _deliver(self, results: list[tuple[Job, Computed | DataMixError]]) -> None:
         for job, outcome in results:
-            status = str(outcome.status) if isinstance(outcome, DataMixError) else "ok"
-            self.statistics.requests[status] += 1
             if not job.cancelled:
                 try:
                     job.done(outcome)

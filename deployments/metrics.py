@@ -7,8 +7,9 @@ Names end in the base unit; labels come from small fixed sets, never from a clie
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -135,11 +136,19 @@ class PrometheusBackend:
 
 @dataclass(slots=True)
 class Traffic:
-    """Plain running totals that the protocol counts; see :class:`Recorder`."""
+    """Plain running totals that the protocol counts; see :class:`Recorder`.
+
+    Attributes:
+        received_bytes: bytes of requests, as messages.
+        sent_bytes: bytes of responses, as messages.
+        open_streams: WebSockets open now.
+        requests: requests answered, by outcome: ``ok`` or the HTTP status.
+    """
 
     received_bytes: int = 0
     sent_bytes: int = 0
     open_streams: int = 0
+    requests: Counter[str] = field(default_factory=Counter)
 
 
 class Recorder:
@@ -163,7 +172,7 @@ class Recorder:
 
     def publish(self, statistics: Statistics, traffic: Traffic, queue_rows: int) -> None:
         """Publish what changed since the last call."""
-        for outcome, count in list(statistics.requests.items()):
+        for outcome, count in list(traffic.requests.items()):
             self._advance("datamix_requests_total", count, outcome=outcome)
         for reason, count in list(statistics.close_reasons.items()):
             self._advance("datamix_batches_total", count, close_reason=reason)

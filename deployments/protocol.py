@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from datamix import wire
 from datamix.errors import (
     DataMixError,
+    NonFinite,
     NotAllowed,
     NotFound,
     TooLarge,
@@ -76,7 +77,7 @@ class Stream:
         self._room.set()
         self._unanswered = 0
         self._gone = False
-        self._jobs: deque[Job] = deque(maxlen=limit)
+        self._jobs: set[Job] = set()
 
     async def enter(self) -> bool:
         """Count one more request; waits while there are too many (and so stops reading).
@@ -109,8 +110,12 @@ class Stream:
             self._room.set()
 
     def watch(self, job: Job) -> None:
-        """Remember a queued request; at most ``limit`` are unanswered, so older ones are done."""
-        self._jobs.append(job)
+        """Remember a queued request, in case the peer leaves."""
+        self._jobs.add(job)
+
+    def forget(self, job: Job) -> None:
+        """Let go of a request that is answered, and so of its message's memory."""
+        self._jobs.discard(job)
 
     def abandon(self) -> None:
         """Cancel what is still queued: the peer is gone."""
@@ -133,7 +138,19 @@ class Protocol:
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
         elif scope["type"] == "lifespan":
-            await _lifespan(receive, send)
+            await self._lifespan(receive, send)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        """Start at once; stop when the backbone has drained."""
+        await receive()  # lifespan.startup
+        await send({"type": "lifespan.startup.complete"})
+        await receive()  # lifespan.shutdown
+        try:
+            await self._backbone.close()
+        except Unavailable as error:
+            await send({"type": "lifespan.shutdown.failed", "message": str(error)})
+        else:
+            await send({"type": "lifespan.shutdown.complete"})
 
     # --- HTTP ---
 
@@ -150,12 +167,11 @@ class Protocol:
                 await _reply(send, 200, "application/json", body)
             else:
                 raise NotAllowed(f"method is {scope['method']}, expected GET or POST")
-        except DataMixError as error:
+        except Exception as fault:
+            error = _presentable(fault)
+            if scope["method"] == "POST":
+                self._count(error)
             await _reply_error(send, error)
-        except Exception as error:
-            # Never a traceback over the wire, never a payload in the log.
-            logger.error("request failed: %s", type(error).__name__)
-            await _reply_error(send, Unavailable("the replica failed on this request"))
 
     async def _infer(self, scope: Scope, route: Route, receive: Receive, send: Send) -> None:
         media = _header(scope, b"content-type")
@@ -177,6 +193,7 @@ class Protocol:
             message = await answer
         finally:
             job.cancelled = True  # answered, or nobody waits any more
+        self._count(message)
         self._backbone.traffic.sent_bytes += len(message)
         await _reply(send, 200, wire.MEDIA_TYPE, message)
 
@@ -252,7 +269,14 @@ class Protocol:
             await asyncio.gather(writer, return_exceptions=True)
 
     def _stream_request(self, message: Message, route: Route, stream: Stream) -> None:
+        job: Job | None = None
+
         def reply(request_id: str, outcome: bytes | DataMixError) -> None:
+            nonlocal job
+            if job is not None:
+                stream.forget(job)
+                job = None  # breaks the circle through job.done, so that memory is freed at once
+            self._count(outcome)
             if isinstance(outcome, DataMixError):
                 outcome = wire.encode_error(
                     request_id, outcome.status, str(outcome), retry_after_s=outcome.retry_after_s
@@ -264,9 +288,10 @@ class Protocol:
         try:
             if body is None:
                 raise WireError("a text frame came on the stream, expected binary messages")
-            stream.watch(self._submit(body, route, reply))
-        except DataMixError as error:
-            reply(wire.peek_request_id(body or b""), error)
+            job = self._submit(body, route, reply)
+            stream.watch(job)
+        except Exception as error:
+            reply(wire.peek_request_id(body or b""), _presentable(error))
 
     # --- both ---
 
@@ -283,26 +308,24 @@ class Protocol:
         """Decode, check and queue one request; ``reply`` gets its encoded response or the error."""
         backbone = self._backbone
         backbone.traffic.received_bytes += len(body)
-        try:
-            request = wire.decode_request(
-                body,
-                max_bytes=self._limits.max_request_bytes,
-                max_rows=self._limits.max_request_rows,
-            )
-            backbone.check_request(request)
-            job = Job(
-                block=request.block,
-                rows=Rows(request.features, request.scale),
-                done=lambda outcome: reply(request.request_id, self._encode(request, outcome)),
-                deadline=None
-                if request.deadline_s is None
-                else backbone.clock() + request.deadline_s,
-            )
-            backbone.batcher.offer(job)
-        except DataMixError as error:
-            backbone.batcher.statistics.requests[str(error.status)] += 1
-            raise
+        request = wire.decode_request(
+            body, max_bytes=self._limits.max_request_bytes, max_rows=self._limits.max_request_rows
+        )
+        backbone.check_request(request)
+        deadline_s = request.deadline_s
+        job = Job(
+            block=request.block,
+            rows=Rows(request.features, request.scale),
+            done=lambda outcome: reply(request.request_id, self._encode(request, outcome)),
+            deadline=None if deadline_s is None else backbone.clock() + deadline_s,
+        )
+        backbone.batcher.offer(job)
         return job
+
+    def _count(self, outcome: bytes | DataMixError) -> None:
+        """Count one answer."""
+        label = str(outcome.status) if isinstance(outcome, DataMixError) else "ok"
+        self._backbone.traffic.requests[label] += 1
 
     def _encode(
         self, request: wire.Request, outcome: Computed | DataMixError
@@ -323,8 +346,21 @@ class Protocol:
                 batch_rows=timing.batch_rows,
                 close_reason=timing.close_reason,
             )
-        except DataMixError as error:
-            return error
+        except NonFinite:
+            return NonFinite(f"the output of block {request.block} holds NaN or Inf")
+        except Exception as error:
+            return _presentable(error)
+
+
+def _presentable(error: Exception) -> DataMixError:
+    """The error as it may travel. What nobody foresaw keeps its text and traceback to itself.
+
+    They can hold values of the input, so the log gets the type only.
+    """
+    if isinstance(error, DataMixError):
+        return error
+    logger.error("request failed: %s", type(error).__name__)
+    return Unavailable("the replica failed on this request")
 
 
 def _header(scope: Scope, name: bytes) -> str:
@@ -356,11 +392,3 @@ async def _reply_error(send: Send, error: DataMixError, kind: str = "http.respon
         extra = ((b"retry-after", str(math.ceil(error.retry_after_s)).encode()),)
     body = json.dumps({"error": str(error)}).encode()
     await _reply(send, error.status, "application/json", body, extra=extra, kind=kind)
-
-
-async def _lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        message = await receive()
-        await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
-            return

@@ -33,9 +33,10 @@ def exported(metric: Metric) -> str:
 def busy_system() -> tuple[Statistics, Traffic]:
     """Totals as they stand after some work."""
     statistics = Statistics(busy_s=0.5, batches=3, rows=12, queue_s=0.1)
-    statistics.requests.update({"ok": 4, "429": 1})
     statistics.close_reasons.update({"engine_free": 2, "full": 1})
-    return statistics, Traffic(received_bytes=1000, sent_bytes=2000, open_streams=2)
+    traffic = Traffic(received_bytes=1000, sent_bytes=2000, open_streams=2)
+    traffic.requests.update({"ok": 4, "429": 1})
+    return statistics, traffic
 
 
 # --- the table ----------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def test_publishing_twice_counts_once() -> None:
     recorder.publish(statistics, traffic, 5)
     assert samples(registry) == once
     statistics.rows += 3
-    statistics.requests["ok"] += 1
+    traffic.requests["ok"] += 1
     traffic.open_streams = 0
     recorder.publish(statistics, traffic, 0)
     grown = samples(registry)
