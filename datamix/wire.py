@@ -288,18 +288,27 @@ def _buffers(body: pa.Buffer, layout: flat.BatchLayout, max_bytes: int) -> list[
     sizes = [int.from_bytes(p[:8], "little", signed=True) if len(p) >= 8 else 0 for p in pieces]
     if sum(max(size, 0) for size in sizes) > max_bytes:
         raise TooLarge(f"message inflates to more than {max_bytes} bytes")
-    codec = pa.Codec("lz4" if layout.codec == "lz4" else "zstd")
     try:
         return [
-            piece[8:]
-            if size == -1
-            else codec.decompress(piece[8:], decompressed_size=size)
-            if size
-            else b""
+            piece[8:] if size == -1 else _inflate(piece[8:], layout.codec, size) if size else b""
             for piece, size in zip(pieces, sizes, strict=True)
         ]
     except (pa.ArrowException, OSError, ValueError) as error:
         raise WireError(f"a buffer does not inflate as {layout.codec}") from error
+
+
+def _inflate(piece: memoryview, codec: str, size: int) -> pa.Buffer:
+    """``piece`` inflated to exactly ``size`` bytes; anything else raises."""
+    if size < 0:
+        raise ValueError("negative size")
+    if codec == "zstd":
+        return pa.Codec("zstd").decompress(piece, decompressed_size=size)
+    # Not pa.Codec: where an lz4 frame holds less than declared, it leaves the rest of the buffer as
+    # it was in memory, which may be another client's values.
+    inflated = pa.CompressedInputStream(pa.BufferReader(piece), "lz4").read_buffer(size + 1)
+    if inflated.size != size:
+        raise ValueError("another size than declared")
+    return inflated
 
 
 def _values(buffer: Any, dtype: str, count: int) -> Array:
