@@ -38,6 +38,7 @@ CLOSE_REASONS = ("engine_free", "full", "deadline", "drain")
 
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _PADDING = 8  # Arrow aligns each buffer of a message's body to 8 bytes
+_MAX_DIMENSIONS = 8  # of a row; numpy has a limit too, and raises no WireError
 # By the dtype's one-letter code: numpy builds `dtype.name` anew on each access.
 _DTYPE_OF: dict[str, Dtype] = {np.dtype(name).char: name for name in DTYPES}
 _ARROW = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}
@@ -264,12 +265,15 @@ def _tensor_type(tensor: pa.DataType) -> tuple[Dtype, tuple[int, ...]]:
         raise WireError("column features has the wrong type, expected arrow.fixed_shape_tensor")
     dtype = {"halffloat": "float16", "float": "float32", "int8": "int8"}.get(str(tensor.value_type))
     if dtype is None:
-        raise WireError(f"features hold {tensor.value_type}, expected one of {', '.join(DTYPES)}")
+        # The type's own words may hold anything: a struct has names that the sender chose.
+        raise WireError(f"features have the wrong value type, expected one of {', '.join(DTYPES)}")
     order = tensor.permutation
     if order is not None and list(order) != list(range(len(order))):
         raise WireError("features are permuted, expected row-major tensors")
     shape = tuple(tensor.shape)
-    if not shape or min(shape) < 1:
+    if not 1 <= len(shape) <= _MAX_DIMENSIONS:
+        raise WireError(f"rows have {len(shape)} dimensions, expected 1 to {_MAX_DIMENSIONS}")
+    if min(shape) < 1:
         raise WireError(f"features have rows of shape {shape}, expected positive sizes")
     return cast(Dtype, dtype), shape
 
