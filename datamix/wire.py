@@ -150,10 +150,14 @@ def quantise(values: Array, dtype: Dtype, *, check: bool = True) -> tuple[Array,
         WireError: ``dtype`` is none of ``DTYPES``.
     """
     if dtype == "int8":
-        if not is_finite(values := np.ascontiguousarray(values, np.float32)):
+        with np.errstate(over="ignore"):  # an overflow becomes Inf, which the next line refuses
+            values = np.ascontiguousarray(values, np.float32)
+        if not is_finite(values):
             raise NonFinite("features hold NaN or Inf, expected finite values")
         scale = np.abs(values).reshape(len(values), -1).max(axis=1) / np.float32(127)
-        scale[scale == 0] = 1  # a row of zeros: any scale will do, and 1 divides safely
+        # Below the least normal float a scale is too coarse a number: 127 steps could miss the
+        # largest value. A row of zeros is divided safely, too.
+        scale = np.maximum(scale, np.finfo(np.float32).tiny)
         steps = np.rint(values / scale.reshape(-1, *[1] * (values.ndim - 1)))
         return steps.astype(np.int8), scale
     if dtype not in DTYPES:
@@ -172,8 +176,18 @@ def dequantise(values: Array, scale: Array | None) -> npt.NDArray[np.float32]:
     """The reverse of :func:`quantise`: (rows, *shape) float32."""
     if scale is None:
         return values.astype(np.float32)
-    product: npt.NDArray[np.float32] = values * scale.reshape(-1, *[1] * (values.ndim - 1))
+    with np.errstate(over="ignore", invalid="ignore"):  # Inf and NaN are for the caller to refuse
+        product: npt.NDArray[np.float32] = values * scale.reshape(-1, *[1] * (values.ndim - 1))
     return product
+
+
+def _is_finite(values: Array, scale: Array | None) -> bool:
+    """Whether ``values * scale`` is finite, without the product where no scale is enormous."""
+    if scale is None:
+        return is_finite(values)
+    if np.abs(scale).max() <= np.finfo(np.float32).max / 128:  # NaN is not
+        return True
+    return is_finite(dequantise(values, scale))
 
 
 # --- framing ----------------------------------------------------------------------------------
@@ -412,7 +426,7 @@ def decode_request(body: Buffer, *, max_bytes: int = 1 << 24, max_rows: int = 1 
     request_id = _check_protocol(metadata)
     if not len(features):
         raise WireError("request has no rows, expected at least one")
-    if not is_finite(features if scale is None else scale):
+    if not _is_finite(features, scale):
         raise NonFinite("features hold NaN or Inf, expected finite values")
     priority = _number(metadata, "datamix.priority", 0)
     if priority not in (0, 1):
