@@ -393,10 +393,16 @@ def encode_request(
 
     Raises:
         NonFinite: a value is not finite, or becomes infinite in ``dtype``.
-        WireError: the id, a name or the shape cannot travel.
+        WireError: the id, a name, a number or the shape cannot travel.
     """
     if features.ndim < 2 or not features.size:
         raise WireError(f"features have shape {features.shape}, expected (rows, *shape), not empty")
+    if not 0 <= block < 10**12:
+        raise WireError(f"block is {block}, expected 0 or more, at most 12 digits")
+    if priority not in (0, 1):
+        raise WireError(f"priority is {priority}, expected 0 or 1")
+    if deadline_s is not None and not deadline_s < 1e9:
+        raise WireError(f"deadline_s is {deadline_s}, expected less than 1e9")
     metadata = {
         "datamix.protocol": PROTOCOL,
         "datamix.request_id": _check_name("request_id", request_id),
@@ -408,7 +414,7 @@ def encode_request(
     if block:
         metadata["datamix.block"] = str(block)
     if deadline_s is not None:
-        metadata["datamix.deadline_ms"] = str(max(0, math.ceil(deadline_s * 1000)))
+        metadata["datamix.deadline_ms"] = str(math.ceil(max(0.0, deadline_s) * 1000))
     if priority:
         metadata["datamix.priority"] = str(priority)
     return _frame(*quantise(features, dtype), metadata)
