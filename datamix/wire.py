@@ -350,13 +350,18 @@ def _name(metadata: Mapping[str, str], key: str) -> str | None:
     return value
 
 
-def _number(metadata: Mapping[str, str], key: str, default: int | None = None) -> int | None:
+def _number(metadata: Mapping[str, str], key: str) -> int | None:
     value = metadata.get(key)
     if value is None:
-        return default
+        return None
     if not _NUMBER.match(value):
         raise WireError(f"{key} is not a whole number of at most 12 digits")
     return int(value)
+
+
+def _number_or(metadata: Mapping[str, str], key: str, default: int) -> int:
+    number = _number(metadata, key)
+    return default if number is None else number
 
 
 def _check_protocol(metadata: Mapping[str, str]) -> str:
@@ -434,7 +439,7 @@ def decode_request(body: Buffer, *, max_bytes: int = 1 << 24, max_rows: int = 1 
         raise WireError("request has no rows, expected at least one")
     if not _is_finite(features, scale):
         raise NonFinite("features hold NaN or Inf, expected finite values")
-    priority = _number(metadata, "datamix.priority", 0)
+    priority = _number_or(metadata, "datamix.priority", 0)
     if priority not in (0, 1):
         raise WireError(f"datamix.priority is {priority}, expected 0 or 1")
     deadline_ms = _number(metadata, "datamix.deadline_ms")
@@ -444,7 +449,7 @@ def decode_request(body: Buffer, *, max_bytes: int = 1 << 24, max_rows: int = 1 
         request_id=request_id,
         model=_name(metadata, "datamix.model"),
         model_version=_name(metadata, "datamix.model_version"),
-        block=_number(metadata, "datamix.block", 0) or 0,
+        block=_number_or(metadata, "datamix.block", 0),
         deadline_s=None if deadline_ms is None else deadline_ms / 1000,
         priority=priority,
     )
@@ -518,15 +523,15 @@ def decode_response(body: Buffer, *, max_bytes: int = 1 << 26, max_rows: int = 1
         features=features,
         scale=scale,
         request_id=request_id,
-        status=_number(metadata, "datamix.status", 200) or 200,
+        status=_number_or(metadata, "datamix.status", 200),
         error=metadata.get("datamix.error"),
         retry_after_s=None if retry_after_ms is None else retry_after_ms / 1000,
         model=_name(metadata, "datamix.model"),
         model_version=_name(metadata, "datamix.model_version"),
-        block=_number(metadata, "datamix.block", 0) or 0,
-        queue_s=(_number(metadata, "datamix.queue_us", 0) or 0) / 1e6,
-        compute_s=(_number(metadata, "datamix.compute_us", 0) or 0) / 1e6,
-        batch_rows=_number(metadata, "datamix.batch_rows", 0) or 0,
+        block=_number_or(metadata, "datamix.block", 0),
+        queue_s=_number_or(metadata, "datamix.queue_us", 0) / 1e6,
+        compute_s=_number_or(metadata, "datamix.compute_us", 0) / 1e6,
+        batch_rows=_number_or(metadata, "datamix.batch_rows", 0),
         close_reason=metadata.get("datamix.close_reason", ""),
     )
 
