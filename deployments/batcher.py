@@ -238,7 +238,9 @@ class Batcher:
                     f"{self._queue.max_queue_rows}, try again later",
                     retry_after_s=self.predicted_wait_s(),
                 )
-            self._wake()
+            # Not at once: requests that the same poll of the sockets brought share the first
+            # batch, and the two threads do not fight for the GIL over each of them.
+            self._wake(self._loop.call_soon)
 
     def predicted_wait_s(self) -> float:
         """How long a request that arrives now should wait, from the mean batch so far."""
@@ -275,11 +277,14 @@ class Batcher:
         if self._thread.is_alive():
             raise Unavailable(f"the queue did not drain in {timeout_s:g} s")
 
-    def _wake(self) -> None:
-        """Wake the engine's thread if it sleeps. Call with the lock held."""
+    def _wake(self, call: Callable[..., object] | None = None) -> None:
+        """Wake the engine's thread if it sleeps, by way of ``call``. Call with the lock held."""
         if self._asleep:
             self._asleep = False
-            self._signal.put(None)
+            if call is None:
+                self._signal.put(None)
+            else:
+                call(self._signal.put, None)
 
     def _deliver(self, results: list[tuple[Job, Computed | DataMixError]]) -> None:
         for job, outcome in results:

@@ -193,8 +193,8 @@ class FakeEngine:
             raise RuntimeError("secret 0.1234 in /some/path")
         return [2 * request.features for request in requests]
 
-    def await_entry(self) -> None:
-        assert self.entered.acquire(timeout=PATIENCE_S)
+    async def await_entry(self) -> None:
+        assert await asyncio.to_thread(self.entered.acquire, timeout=PATIENCE_S)
 
     def open(self) -> None:
         self.closed = False
@@ -304,7 +304,7 @@ def test_requests_gather_while_the_engine_is_busy() -> None:
         engine = FakeEngine(closed=True)
         async with batching(engine) as batcher:
             first = submit(batcher, 1.0)
-            engine.await_entry()
+            await engine.await_entry()
             others = [submit(batcher, float(n), n) for n in (2, 3)]
             assert batcher.queue_rows == 5
             engine.open()
@@ -324,7 +324,7 @@ def test_a_full_batch_closes_as_full() -> None:
         engine = FakeEngine(closed=True)
         async with batching(engine, max_batch_rows=4) as batcher:
             first = submit(batcher)
-            engine.await_entry()
+            await engine.await_entry()
             others = [submit(batcher, rows=2) for _ in range(3)]
             engine.open()
             answers = await computed(first, *others)
@@ -345,7 +345,7 @@ def test_blocks_are_never_mixed() -> None:
         engine = FakeEngine(closed=True)
         async with batching(engine) as batcher:
             first = submit(batcher)
-            engine.await_entry()
+            await engine.await_entry()
             others = [submit(batcher, float(n), block=n % 3) for n in range(6)]
             engine.open()
             answers = await computed(first, *others)
@@ -367,7 +367,7 @@ def test_timings_and_totals() -> None:
         batches: list[Timing] = []
         async with batching(engine, clock=clock, on_batch=batches.append) as batcher:
             first = submit(batcher, rows=2)
-            engine.await_entry()
+            await engine.await_entry()
             clock.now += 0.25
             assert batcher.busy_s == 0.25  # the running batch counts
             second = submit(batcher, rows=3)
@@ -398,7 +398,7 @@ def test_a_full_queue_sheds_at_once_and_says_when_to_come_back() -> None:
         engine = FakeEngine(closed=True, during=compute)
         async with batching(engine, max_batch_rows=4, max_queue_rows=6, clock=clock) as batcher:
             running = submit(batcher)
-            engine.await_entry()
+            await engine.await_entry()
             waiting = [submit(batcher, rows=3), submit(batcher, rows=3)]
             with pytest.raises(Overloaded) as raised:
                 submit(batcher)
@@ -406,7 +406,7 @@ def test_a_full_queue_sheds_at_once_and_says_when_to_come_back() -> None:
             assert raised.value.retry_after_s is not None
             assert raised.value.retry_after_s > 0
             engine.release.release()  # one batch passes, and now it is known how long one takes
-            engine.await_entry()
+            await engine.await_entry()
             submitted = submit(batcher, rows=3)
             with pytest.raises(Overloaded) as raised:
                 submit(batcher)
@@ -424,7 +424,7 @@ def test_a_deadline_that_passed_is_answered_without_compute() -> None:
         engine = FakeEngine(closed=True)
         async with batching(engine, clock=clock) as batcher:
             running = submit(batcher)
-            engine.await_entry()
+            await engine.await_entry()
             late = submit(batcher, 2.0, deadline=clock.now + 1)
             alive = submit(batcher, 3.0, deadline=clock.now + 3)
             clock.now += 2
@@ -443,7 +443,7 @@ def test_a_deadline_that_passes_during_the_computation_changes_nothing() -> None
         engine = FakeEngine(closed=True)
         async with batching(engine, clock=clock) as batcher:
             answer = submit(batcher, 2.0, deadline=clock.now + 1)
-            engine.await_entry()
+            await engine.await_entry()
             clock.now += 2
             engine.open()
             assert (await computed(answer))[0].output == 4.0
@@ -456,7 +456,7 @@ def test_a_cancelled_request_is_neither_computed_nor_answered() -> None:
         engine = FakeEngine(closed=True)
         async with batching(engine) as batcher:
             running, running_answer = submit_job(batcher)
-            engine.await_entry()
+            await engine.await_entry()
             waiting, waiting_answer = submit_job(batcher)
             other = submit(batcher, 5.0)
             running.cancelled = waiting.cancelled = True
@@ -479,7 +479,7 @@ def test_only_the_request_that_the_engine_fails_on_is_refused(
         engine = FakeEngine(closed=True, fails_on=fails_on_value(13.0))
         async with batching(engine) as batcher:
             running = submit(batcher)
-            engine.await_entry()
+            await engine.await_entry()
             answers = [submit(batcher, value) for value in (2.0, 13.0, 3.0)]
             engine.open()
             _, two, thirteen, three = await settled(running, *answers)
@@ -535,7 +535,7 @@ def test_a_callback_that_raises_does_not_hurt_the_others(
         engine = FakeEngine(closed=True)
         async with batching(engine) as batcher:
             running = submit(batcher)
-            engine.await_entry()
+            await engine.await_entry()
             batcher.offer(make_job(done=broken))
             after = submit(batcher, 4.0)
             engine.open()
@@ -568,7 +568,7 @@ def test_the_probe_goes_before_waiting_requests() -> None:
         engine = FakeEngine(closed=True)
         async with batching(engine, max_batch_rows=1) as batcher:
             answers = [submit(batcher, rows=1, block=1) for _ in range(3)]
-            engine.await_entry()
+            await engine.await_entry()
             probe = asyncio.create_task(batcher.probe(PATIENCE_S))
             await turn()
             engine.open()
@@ -584,7 +584,7 @@ def test_the_probe_fails_when_the_engine_hangs() -> None:
         engine = FakeEngine(closed=True)
         async with batching(engine) as batcher:
             answer = submit(batcher)
-            engine.await_entry()
+            await engine.await_entry()
             for _ in range(3):
                 with pytest.raises(Unavailable, match="no sign of life in 0.001 s"):
                     await batcher.probe(0.001)
@@ -626,7 +626,7 @@ def test_draining_answers_what_waits_and_refuses_what_comes() -> None:
         engine = FakeEngine(closed=True)
         async with batching(engine, max_batch_rows=2) as batcher:
             answers = [submit(batcher, float(n)) for n in range(5)]
-            engine.await_entry()
+            await engine.await_entry()
             drain = asyncio.create_task(batcher.drain(PATIENCE_S))
             await turn()
             with pytest.raises(Unavailable, match="draining"):
@@ -657,7 +657,7 @@ def test_draining_gives_up_on_an_engine_that_hangs() -> None:
         engine = FakeEngine(closed=True)
         async with batching(engine) as batcher:
             answer = submit(batcher)
-            engine.await_entry()
+            await engine.await_entry()
             with pytest.raises(Unavailable, match="the queue did not drain in 0.01 s"):
                 await batcher.drain(0.01)
             engine.open()
@@ -673,7 +673,7 @@ def test_an_event_loop_that_closed_does_not_break_the_thread() -> None:
         batcher = Batcher(engine, asyncio.get_running_loop(), max_batch_rows=1, max_queue_rows=100)
         for _ in range(2):
             batcher.offer(make_job())
-        engine.await_entry()
+        await engine.await_entry()
         return batcher
 
     batcher = asyncio.run(begin())
