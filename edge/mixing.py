@@ -111,7 +111,7 @@ def mix(features: Array, coefficients: Coefficients) -> Floats:
     Raises:
         ConfigError: the group does not have K members.
     """
-    return _apply(coefficients, coefficients._matrix, features)
+    return _apply(coefficients, features, inverse=False)
 
 
 def demix(mixtures: Array, coefficients: Coefficients) -> Floats:
@@ -127,13 +127,15 @@ def demix(mixtures: Array, coefficients: Coefficients) -> Floats:
     Raises:
         ConfigError: there are not K mixtures.
     """
-    return _apply(coefficients, coefficients._matrix.T, mixtures)
+    return _apply(coefficients, mixtures, inverse=True)
 
 
-def _apply(coefficients: Coefficients, matrix: Array, rows: Array) -> Floats:
+def _apply(coefficients: Coefficients, rows: Array, *, inverse: bool) -> Floats:
     if rows.ndim < 1 or len(rows) != coefficients.group_size:
         raise ConfigError(
             f"group has shape {rows.shape}, expected {coefficients.group_size} members"
         )
     flat = np.ascontiguousarray(rows, np.float32).reshape(len(rows), -1)
-    return np.ascontiguousarray(matrix @ flat).reshape(rows.shape)
+    # The matrix gets no local name: some handlers of crashes print the variables of each frame.
+    product = (coefficients._matrix.T if inverse else coefficients._matrix) @ flat
+    return np.ascontiguousarray(product).reshape(rows.shape)
