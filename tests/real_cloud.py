@@ -51,12 +51,14 @@ class Gate:
 
     def close(self) -> None:
         self._open.clear()
+        while self.entered.acquire(blocking=False):
+            pass  # batches before this moment do not count
 
     def open(self) -> None:
         self._open.set()
 
     async def batch(self) -> None:
-        """Wait until the engine was given one more batch."""
+        """Wait until the engine was given one more batch since :meth:`close`."""
         async with asyncio.timeout(PATIENCE_S):
             while not self.entered.acquire(blocking=False):
                 await asyncio.sleep(0.001)

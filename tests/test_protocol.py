@@ -143,7 +143,7 @@ class Fault(NamedTuple):
 
     message: bytes
     status: int
-    sentence: str  # a regular expression for the beginning
+    sentence: str  # a regular expression for its beginning
     request_id: str = "bad"  # in the answer on a stream
 
 
@@ -202,7 +202,7 @@ BAD_INPUT = {
         400,
         "column scale has the wrong type",
     ),
-    "float64": Fault(features_of(rows_of(0).astype(np.float64)), 400, "features hold double"),
+    "float64": Fault(features_of(rows_of(0).astype(np.float64)), 400, "features have the wrong value"),
     "not a tensor": Fault(
         arrow(batch_of({"features": pa.array([1.0, 2.0])})), 400, "column features has the wrong"
     ),
@@ -586,7 +586,7 @@ def test_an_answered_request_leaves_no_memory_behind() -> None:
     """A stream that held its last requests would hold megabytes, times thousands of streams."""
 
     def jobs() -> int:
-        return sum(isinstance(thing, Job) for thing in gc.get_objects())
+        return sum(type(thing) is Job for thing in gc.get_objects())
 
     async def go() -> None:
         gc.collect()
