@@ -202,7 +202,7 @@ BAD_INPUT = {
         400,
         "column scale has the wrong type",
     ),
-    "float64": Fault(features_of(rows_of(0).astype(np.float64)), 400, "features have the wrong value"),
+    "float64": Fault(features_of(rows_of(0).astype(np.float64)), 400, "features have the"),
     "not a tensor": Fault(
         arrow(batch_of({"features": pa.array([1.0, 2.0])})), 400, "column features has the wrong"
     ),
