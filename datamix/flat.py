@@ -116,6 +116,41 @@ def _batch_layout(metadata: bytes) -> BatchLayout:
         raise ValueError("offset past the end") from error
 
 
+def metadata_values(metadata: bytes) -> list[tuple[bytes, int, int]]:
+    """Key of each metadata entry of a schema message, and where its value starts and stops.
+
+    Raises:
+        ValueError: the metadata is not a schema message, or holds more than a few entries.
+    """
+    try:
+        vector = _field(metadata, _header(metadata), 2)
+        if not vector:
+            return []
+        start = _follow(metadata, vector)
+        count = _U32.unpack_from(metadata, start)[0]
+        if count > _MAX_ENTRIES:
+            raise ValueError(f"{count} entries")
+        found = []
+        for index in range(count):
+            entry = _follow(metadata, start + 4 + 4 * index)
+            key, value = (_string(metadata, _field(metadata, entry, n)) for n in range(2))
+            found.append((metadata[slice(*key)], *value))
+        return found
+    except struct.error as error:
+        raise ValueError("offset past the end") from error
+
+
+def _string(data: bytes, position: int) -> tuple[int, int]:
+    """Start and stop of the string that the reference at ``position`` points at."""
+    if not position:
+        raise ValueError("no string")
+    start = _follow(data, position) + 4
+    stop = start + _U32.unpack_from(data, start - 4)[0]
+    if stop > len(data):
+        raise ValueError("string past the end")
+    return start, stop
+
+
 def is_little_endian(metadata: bytes) -> bool:
     """Whether a schema message declares little-endian buffers.
 

@@ -7,8 +7,8 @@ One message is one complete Arrow IPC stream: a schema, exactly one record batch
               metadata: datamix.protocol, datamix.request_id, and what the sender wants
     response  the same columns, the backbone's output per row, and timings as metadata
 
-Decoding copies nothing: the arrays of a decoded message are read-only views of its bytes. Encoding
-lets pyarrow write the header of each layout once and afterwards joins header and data.
+Decoding copies nothing: the arrays of a decoded message are read-only views of its bytes. The bytes
+themselves are :mod:`datamix.framing`'s business.
 """
 
 from __future__ import annotations
@@ -17,31 +17,18 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from datamix import flat
-from datamix.errors import NonFinite, TooLarge, WireError
-
-Dtype = Literal["float16", "float32", "int8"]
-Array = npt.NDArray[Any]
-Buffer = bytes | bytearray | memoryview
+from datamix.errors import NonFinite, WireError
+from datamix.framing import DTYPE_OF, DTYPES, Array, Buffer, Dtype, frame, unframe
 
 PROTOCOL = "1"
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
-DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 CLOSE_REASONS = ("engine_free", "full", "deadline", "drain")
 
-_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-_PADDING = 8  # Arrow aligns each buffer of a message's body to 8 bytes
-_MAX_DIMENSIONS = 8  # of a row; numpy has a limit too, and raises no WireError
-# By the dtype's one-letter code: numpy builds `dtype.name` anew on each access.
-_DTYPE_OF: dict[str, Dtype] = {np.dtype(name).char: name for name in DTYPES}
-_ARROW = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 _NUMBER = re.compile(r"[0-9]{1,12}\Z")
 # Signed and unsigned integers of a float's size, and the bits of positive and negative infinity.
@@ -83,7 +70,7 @@ class Request:
     @property
     def dtype(self) -> Dtype:
         """The value type, which the response will have too."""
-        return _DTYPE_OF[self.features.dtype.char]
+        return DTYPE_OF[self.features.dtype.char]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,159 +177,6 @@ def _is_finite(values: Array, scale: Array | None) -> bool:
     return is_finite(dequantise(values, scale))
 
 
-# --- framing ----------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=256)
-def _template(dtype: Dtype, shape: tuple[int, ...], rows: int) -> tuple[pa.Schema, bytes, int]:
-    """Schema, record batch header and padding after the features, for one layout.
-
-    The header does not depend on the values, so pyarrow writes it once, over zeros.
-    """
-    tensor = pa.fixed_shape_tensor(_ARROW[dtype], shape)
-    size = math.prod(shape)
-    zeros = pa.array(np.zeros(rows * size, dtype))
-    storage = pa.FixedSizeListArray.from_arrays(zeros, size)
-    columns = [pa.ExtensionArray.from_storage(tensor, storage)]
-    fields = [pa.field("features", tensor, nullable=False)]
-    if dtype == "int8":
-        columns.append(pa.array(np.zeros(rows, np.float32)))
-        fields.append(pa.field("scale", pa.float32(), nullable=False))
-    schema = pa.schema(fields)
-    message = pa.RecordBatch.from_arrays(columns, schema=schema).serialize().to_pybytes()
-    metadata_bytes = int.from_bytes(message[4:8], "little")
-    return schema, message[: 8 + metadata_bytes], -(rows * size * zeros.type.byte_width) % _PADDING
-
-
-def _frame(features: Array, scale: Array | None, metadata: Mapping[str, str]) -> bytes:
-    """One complete message. ``features`` is contiguous and in a wire value type."""
-    dtype = _DTYPE_OF[features.dtype.char]
-    schema, header, padding = _template(dtype, features.shape[1:], features.shape[0])
-    parts: list[Any] = [
-        schema.with_metadata(dict(metadata)).serialize(),
-        header,
-        features.data if features.size else b"",
-        bytes(padding),
-    ]
-    if scale is not None:
-        parts += [scale.data if scale.size else b"", bytes(-scale.nbytes % _PADDING)]
-    return b"".join([*parts, _END])
-
-
-def _unframe(
-    body: Buffer, *, max_bytes: int, max_rows: int
-) -> tuple[Array, Array | None, dict[str, str]]:
-    """Features, scales and metadata of one message; views of ``body`` where not compressed."""
-    if len(body) > max_bytes:
-        raise TooLarge(f"message has {len(body)} bytes, expected at most {max_bytes}")
-    reader = pa.BufferReader(body)
-    try:
-        first = pa.ipc.read_message(reader)
-        if first.type != "schema" or not flat.is_little_endian(first.metadata.to_pybytes()):
-            raise WireError("message does not start with a little-endian Arrow schema")
-        schema = pa.ipc.read_schema(first)
-        names = schema.names  # raises where a name is not UTF-8
-        second = pa.ipc.read_message(reader)
-        if second.type != "record batch":
-            raise WireError(f"message holds a {second.type}, expected one record batch")
-        layout = flat.batch_layout(second.metadata.to_pybytes())
-    except (pa.ArrowException, OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        # pyarrow's own words can hold bytes of the message, so they stay here.
-        raise WireError("body is not a complete Arrow IPC stream") from error
-    if memoryview(body)[reader.tell() :] != _END:
-        raise WireError("record batch is not followed by the end of the stream and nothing else")
-    if names not in (["features"], ["features", "scale"]):
-        raise WireError(f"message has {len(names)} columns, expected features, or with int8 scale")
-    tensor = schema.field(0).type
-    dtype, shape = _tensor_type(tensor)
-    if (dtype == "int8") != (len(names) == 2):
-        raise WireError(f"a scale column belongs to int8 features, and to them only, got {dtype}")
-    if len(names) == 2 and schema.field(1).type != pa.float32():
-        raise WireError("column scale has the wrong type, expected float32")
-    if layout.rows > max_rows:
-        raise TooLarge(f"message has {layout.rows} rows, expected at most {max_rows}")
-    size = math.prod(shape)
-    expected = [layout.rows, layout.rows * size, layout.rows][: len(names) + 1]
-    if list(layout.nodes) != [(length, 0) for length in expected] or layout.rows < 0:
-        raise WireError("columns disagree about the number of rows, or hold nulls")
-    buffers = _buffers(second.body, layout, max_bytes)
-    if len(buffers) != (3 if len(names) == 1 else 5):
-        raise WireError(f"record batch has {len(buffers)} buffers, expected 3, or 5 with int8")
-    features = _values(buffers[2], dtype, layout.rows * size).reshape(layout.rows, *shape)
-    scale = _values(buffers[4], "float32", layout.rows) if len(names) == 2 else None
-    return features, scale, _strings(schema.metadata)
-
-
-def _tensor_type(tensor: pa.DataType) -> tuple[Dtype, tuple[int, ...]]:
-    """Value type and shape of the features column."""
-    if not isinstance(tensor, pa.FixedShapeTensorType):
-        raise WireError("column features has the wrong type, expected arrow.fixed_shape_tensor")
-    dtype = {"halffloat": "float16", "float": "float32", "int8": "int8"}.get(str(tensor.value_type))
-    if dtype is None:
-        # The type's own words may hold anything: a struct has names that the sender chose.
-        raise WireError(f"features have the wrong value type, expected one of {', '.join(DTYPES)}")
-    order = tensor.permutation
-    if order is not None and list(order) != list(range(len(order))):
-        raise WireError("features are permuted, expected row-major tensors")
-    shape = tuple(tensor.shape)
-    if not 1 <= len(shape) <= _MAX_DIMENSIONS:
-        raise WireError(f"rows have {len(shape)} dimensions, expected 1 to {_MAX_DIMENSIONS}")
-    if min(shape) < 1:
-        raise WireError(f"features have rows of shape {shape}, expected positive sizes")
-    return cast(Dtype, dtype), shape
-
-
-def _buffers(body: pa.Buffer, layout: flat.BatchLayout, max_bytes: int) -> list[Any]:
-    """The body's buffers, inflated only after their declared sizes were found to be in bounds."""
-    view = memoryview(body)
-    pieces = []
-    for offset, length in layout.buffers:
-        if offset < 0 or length < 0 or offset + length > len(view):
-            raise WireError("a buffer of the record batch lies outside the message")
-        pieces.append(view[offset : offset + length])
-    if layout.codec is None:
-        return pieces
-    # Compressed: each buffer that is not empty starts with its inflated size, -1 for "stored".
-    sizes = [int.from_bytes(p[:8], "little", signed=True) if len(p) >= 8 else 0 for p in pieces]
-    if sum(max(size, 0) for size in sizes) > max_bytes:
-        raise TooLarge(f"message inflates to more than {max_bytes} bytes")
-    try:
-        return [
-            piece[8:] if size == -1 else _inflate(piece[8:], layout.codec, size) if size else b""
-            for piece, size in zip(pieces, sizes, strict=True)
-        ]
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise WireError(f"a buffer does not inflate as {layout.codec}") from error
-
-
-def _inflate(piece: memoryview, codec: str, size: int) -> pa.Buffer:
-    """``piece`` inflated to exactly ``size`` bytes; anything else raises."""
-    if size < 0:
-        raise ValueError("negative size")
-    if codec == "zstd":
-        return pa.Codec("zstd").decompress(piece, decompressed_size=size)
-    # Not pa.Codec: where an lz4 frame holds less than declared, it leaves the rest of the buffer as
-    # it was in memory, which may be another client's values.
-    inflated = pa.CompressedInputStream(pa.BufferReader(piece), "lz4").read_buffer(size + 1)
-    if inflated.size != size:
-        raise ValueError("another size than declared")
-    return inflated
-
-
-def _values(buffer: Any, dtype: str, count: int) -> Array:
-    """``count`` values from the start of a buffer, which may be padded."""
-    if memoryview(buffer).nbytes < count * np.dtype(dtype).itemsize:
-        raise WireError("a buffer of the record batch is shorter than its rows need")
-    return np.frombuffer(buffer, dtype, count)
-
-
-def _strings(metadata: Mapping[bytes, bytes] | None) -> dict[str, str]:
-    try:
-        return {key.decode(): value.decode() for key, value in (metadata or {}).items()}
-    except UnicodeDecodeError as error:
-        raise WireError("metadata is not UTF-8") from error
-
-
 def _name(metadata: Mapping[str, str], key: str) -> str | None:
     value = metadata.get(key)
     if value is not None and not _NAME.match(value):
@@ -422,7 +256,7 @@ def encode_request(
         metadata["datamix.deadline_ms"] = str(math.ceil(max(0.0, deadline_s) * 1000))
     if priority:
         metadata["datamix.priority"] = str(priority)
-    return _frame(*quantise(features, dtype), metadata)
+    return frame(*quantise(features, dtype), metadata)
 
 
 def decode_request(body: Buffer, *, max_bytes: int = 1 << 24, max_rows: int = 1 << 12) -> Request:
@@ -433,7 +267,7 @@ def decode_request(body: Buffer, *, max_bytes: int = 1 << 24, max_rows: int = 1 
         TooLarge: more than ``max_bytes``, as received or inflated, or more than ``max_rows``.
         NonFinite: a value is NaN or Inf.
     """
-    features, scale, metadata = _unframe(body, max_bytes=max_bytes, max_rows=max_rows)
+    features, scale, metadata = unframe(body, max_bytes=max_bytes, max_rows=max_rows)
     request_id = _check_protocol(metadata)
     if not len(features):
         raise WireError("request has no rows, expected at least one")
@@ -491,7 +325,7 @@ def encode_response(
         "datamix.batch_rows": str(batch_rows),
         "datamix.close_reason": close_reason,
     }
-    return _frame(*quantise(features, dtype, check=False), metadata)
+    return frame(*quantise(features, dtype, check=False), metadata)
 
 
 def encode_error(
@@ -506,7 +340,7 @@ def encode_error(
     }
     if retry_after_s is not None:
         metadata["datamix.retry_after_ms"] = str(math.ceil(retry_after_s * 1000))
-    return _frame(np.empty((0, 1), np.float32), None, metadata)
+    return frame(np.empty((0, 1), np.float32), None, metadata)
 
 
 def decode_response(body: Buffer, *, max_bytes: int = 1 << 26, max_rows: int = 1 << 14) -> Response:
@@ -516,7 +350,7 @@ def decode_response(body: Buffer, *, max_bytes: int = 1 << 26, max_rows: int = 1
         WireError: not a message of this protocol. (An error status is returned, not raised.)
         TooLarge: more bytes or rows than allowed.
     """
-    features, scale, metadata = _unframe(body, max_bytes=max_bytes, max_rows=max_rows)
+    features, scale, metadata = unframe(body, max_bytes=max_bytes, max_rows=max_rows)
     request_id = _check_protocol(metadata)
     retry_after_ms = _number(metadata, "datamix.retry_after_ms")
     return Response(

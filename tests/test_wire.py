@@ -20,7 +20,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from datamix import flat, wire
+from datamix import flat, framing, wire
 from datamix.errors import DataMixError, NonFinite, TooLarge, WireError
 
 Array = npt.NDArray[Any]
@@ -618,7 +618,7 @@ def test_our_bytes_are_those_of_pyarrows_writer(
     columns: dict[str, Any] = {"features": tensors(features)}
     if scale is not None:
         columns["scale"] = pa.array(scale)
-    assert wire._frame(features, scale, metadata) == stream(columns, metadata, nullable=False)
+    assert framing.frame(features, scale, metadata) == stream(columns, metadata, nullable=False)
 
 
 @given(st.data())
