@@ -23,7 +23,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from datamix.errors import NonFinite, WireError
-from datamix.framing import DTYPE_OF, DTYPES, Array, Buffer, Dtype, frame, unframe
+from datamix.framing import DTYPE_OF, Array, Buffer, frame, unframe
+from datamix.framing import DTYPES as DTYPES  # part of this module's interface
+from datamix.framing import Dtype as Dtype
 
 PROTOCOL = "1"
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
