@@ -50,8 +50,12 @@ def check_url(url: str) -> str:
     Raises:
         ConfigError: not ``http://host[:port]`` or ``https://host[:port]``.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number, a bracket that does not close
+        valid = False
+    if not valid:
         raise ConfigError(f"url is {url!r}, expected http://host:port or https://host:port")
     return url.rstrip("/")
 
