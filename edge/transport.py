@@ -20,7 +20,14 @@ import httpx
 from picows import WSCloseCode, WSError, WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
 
 from datamix import wire
-from datamix.errors import AnswerError, ConfigError, Unavailable, WireError, from_status
+from datamix.errors import (
+    AnswerError,
+    ConfigError,
+    TooLarge,
+    Unavailable,
+    WireError,
+    from_status,
+)
 
 # Ray Serve starts a task per request or stream that watches for disconnects. A stream notices by
 # itself, and a message then takes one queue less on its way (docs/decisions).
@@ -156,7 +163,7 @@ class StreamTransport:
         self._received += 1
         try:
             response = wire.decode_response(body, max_bytes=self._max_message_bytes)
-        except WireError:
+        except (WireError, TooLarge):
             request_id = wire.peek_request_id(body)
             outcome: wire.Response | Exception = AnswerError("the cloud's answer is no message")
         else:
@@ -202,7 +209,7 @@ class UnaryTransport:
             raise _http_error(reply)
         try:
             response = wire.decode_response(reply.content, max_bytes=self._max_message_bytes)
-        except WireError as error:
+        except (WireError, TooLarge) as error:
             raise AnswerError("the cloud's answer is no message") from error
         if response.request_id != request_id:
             raise AnswerError("the cloud answered another request")
@@ -243,7 +250,7 @@ class InProcessTransport:
             raise Unavailable(f"no answer within {timeout_s:.3g} s") from None
         try:
             response = wire.decode_response(body)
-        except WireError as error:
+        except (WireError, TooLarge) as error:
             raise AnswerError("the cloud's answer is no message") from error
         if response.request_id != request_id:
             raise AnswerError("the cloud answered another request")
