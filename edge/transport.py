@@ -17,7 +17,16 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 import httpx
-from picows import WSCloseCode, WSError, WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
+from picows import (
+    WSCloseCode,
+    WSError,
+    WSFrame,
+    WSInvalidStatusError,
+    WSListener,
+    WSMsgType,
+    WSTransport,
+    ws_connect,
+)
 
 from datamix import wire
 from datamix.errors import (
@@ -146,9 +155,14 @@ class StreamTransport:
                         self._url,
                         extra_headers=_HEADERS,
                         max_frame_size=self._max_message_bytes,
+                        max_redirects=0,  # nobody sends the mixtures elsewhere
                     )
+                except WSInvalidStatusError as error:
+                    raise _refusal(error) from error
                 except (OSError, WSError, TimeoutError) as error:
                     raise Unavailable(f"cannot connect to the cloud: {error}") from error
+                if self._socket.is_disconnected:  # picows says so nowhere else
+                    raise Unavailable("the cloud hung up instead of opening a stream")
                 self.connections += 1
             return self._socket
 
@@ -206,7 +220,9 @@ class UnaryTransport:
         except httpx.HTTPError as error:
             raise Unavailable(f"the request did not get through: {error!r}") from error
         if reply.status_code != 200:
-            raise _http_error(reply)
+            raise _http_error(
+                reply.status_code, reply.content, reply.headers.get("retry-after", "")
+            )
         try:
             response = wire.decode_response(reply.content, max_bytes=self._max_message_bytes)
         except (WireError, TooLarge) as error:
@@ -220,18 +236,22 @@ class UnaryTransport:
         await self._client.aclose()
 
 
-def _http_error(reply: httpx.Response) -> Exception:
+def _refusal(error: WSInvalidStatusError) -> Exception:
+    """The error of a cloud that did not open the stream, for the reason its status names."""
+    if error.response is None:
+        return Unavailable(f"cannot connect to the cloud: {error}")
+    retry_after = error.response.headers.get("retry-after", "")
+    return _http_error(int(error.response.status), error.raw_body or b"", retry_after)
+
+
+def _http_error(status: int, body: bytes, retry_after: str) -> Exception:
     """The error an HTTP reply carries: ours in JSON, or whatever a proxy on the way said."""
     try:
-        sentence = str(reply.json()["error"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        sentence = f"the cloud answered with status {reply.status_code}"
-    retry_after = reply.headers.get("retry-after", "")
-    return from_status(
-        reply.status_code,
-        sentence,
-        retry_after_s=float(retry_after) if retry_after.isdecimal() else None,
-    )
+        sentence = str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        sentence = f"the cloud answered with status {status}"
+    wait_s = float(retry_after) if retry_after.isdecimal() else None
+    return from_status(status, sentence, retry_after_s=wait_s)
 
 
 class InProcessTransport:
