@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -41,6 +42,8 @@ from datamix.errors import (
 # Ray Serve starts a task per request or stream that watches for disconnects. A stream notices by
 # itself, and a message then takes one queue less on its way (docs/decisions).
 _HEADERS = {"x-request-disconnect-disabled": "?1"}
+# A connection on which requests wait and nothing comes for this long may be dead without a sign.
+_SILENCE_S = 2.0
 
 
 class Transport(Protocol):
@@ -114,7 +117,7 @@ class StreamTransport:
         self._waiting: dict[str, asyncio.Future[wire.Response]] = {}
         self._socket: WSTransport | None = None
         self._opening = asyncio.Lock()
-        self._received = 0  # messages so far, to tell a slow answer from a dead connection
+        self._quiet_since = 0.0  # on the monotonic clock
         self.connections = 0
         self.unmatched = 0
 
@@ -122,16 +125,16 @@ class StreamTransport:
         """See :class:`Transport`."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[wire.Response] = loop.create_future()
-        received = self._received
         try:
             async with asyncio.timeout(timeout_s):
                 socket = await self._connect()
+                if not self._waiting:
+                    self._quiet_since = time.monotonic()
                 self._waiting[request_id] = answer
                 socket.send(WSMsgType.BINARY, message)
                 return await answer
         except TimeoutError:
-            if self._received == received and self._socket is not None:
-                # Nothing at all came in all that time: the connection may be dead without a sign.
+            if self._socket is not None and time.monotonic() - self._quiet_since > _SILENCE_S:
                 self._socket.disconnect(graceful=False)
             raise Unavailable(f"no answer within {timeout_s:.3g} s") from None
         finally:
@@ -164,6 +167,7 @@ class StreamTransport:
                 if self._socket.is_disconnected:  # picows says so nowhere else
                     raise Unavailable("the cloud hung up instead of opening a stream")
                 self.connections += 1
+                self._quiet_since = time.monotonic()
             return self._socket
 
     def _listener(self) -> WSListener:
@@ -174,7 +178,7 @@ class StreamTransport:
         return listener
 
     def _on_message(self, body: bytes) -> None:
-        self._received += 1
+        self._quiet_since = time.monotonic()
         try:
             response = wire.decode_response(body, max_bytes=self._max_message_bytes)
         except (WireError, TooLarge):
