@@ -55,11 +55,15 @@ class Transport(Protocol):
         Raises:
             Unavailable: no answer: connection refused or lost, or ``timeout_s`` passed.
             AnswerError: an answer that is not a message of the protocol.
+            ConfigError: the transport is closed.
         """
         ...
 
     async def close(self) -> None:
-        """Let go of connections; requests under way fail as unavailable."""
+        """Let go of connections for good; requests under way fail as unavailable.
+
+        Afterwards :meth:`send` raises ConfigError.
+        """
         ...
 
 
@@ -117,6 +121,7 @@ class StreamTransport:
         self._waiting: dict[str, asyncio.Future[wire.Response]] = {}
         self._socket: WSTransport | None = None
         self._opening = asyncio.Lock()
+        self._closed = False
         self._quiet_since = 0.0  # on the monotonic clock
         self.connections = 0
         self.unmatched = 0
@@ -143,6 +148,7 @@ class StreamTransport:
 
     async def close(self) -> None:
         """See :class:`Transport`."""
+        self._closed = True
         if self._socket is not None:
             self._socket.send_close(WSCloseCode.OK)
             self._socket.disconnect()
@@ -151,6 +157,8 @@ class StreamTransport:
 
     async def _connect(self) -> WSTransport:
         async with self._opening:
+            if self._closed:
+                raise ConfigError("this transport is closed")
             if self._socket is None or self._socket.is_disconnected:
                 try:
                     self._socket, _ = await ws_connect(
@@ -216,6 +224,8 @@ class UnaryTransport:
 
     async def send(self, message: bytes, request_id: str, timeout_s: float) -> wire.Response:
         """See :class:`Transport`."""
+        if self._client.is_closed:
+            raise ConfigError("this transport is closed")
         try:
             async with asyncio.timeout(timeout_s):
                 reply = await self._client.post(self._url, content=message, timeout=None)
