@@ -103,6 +103,13 @@ class _Listener(WSListener):
 
     def on_ws_disconnected(self, transport: WSTransport) -> None:
         self._on_lost()
+        # Why the connection was given up is an exception that asyncio wants somebody to look at.
+        self._farewell = asyncio.ensure_future(_farewell(transport))
+
+
+async def _farewell(transport: WSTransport) -> None:
+    with contextlib.suppress(Exception):
+        await transport.wait_disconnected()
 
 
 class StreamTransport:
@@ -152,8 +159,7 @@ class StreamTransport:
         if self._socket is not None:
             self._socket.send_close(WSCloseCode.OK)
             self._socket.disconnect()
-            with contextlib.suppress(WSError):
-                await self._socket.wait_disconnected()
+            await _farewell(self._socket)
 
     async def _connect(self) -> WSTransport:
         async with self._opening:
