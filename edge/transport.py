@@ -147,7 +147,8 @@ class StreamTransport:
                 return await answer
         except TimeoutError:
             if self._socket is not None and time.monotonic() - self._quiet_since > _SILENCE_S:
-                self._socket.disconnect(graceful=False)
+                dead, self._socket = self._socket, None  # so that the next request connects anew
+                dead.disconnect(graceful=False)
             raise Unavailable(f"no answer within {timeout_s:.3g} s") from None
         finally:
             if self._waiting.get(request_id) is answer:
