@@ -85,6 +85,8 @@ class _Stream(WSListener):
         if frame.msg_type == WSMsgType.CLOSE:
             transport.disconnect()
             return
+        if frame.msg_type != WSMsgType.BINARY:  # a pong
+            return
         request = wire.decode_request(frame.get_payload_as_bytes())
         self._cloud.requests += 1
         self._cloud.rows += request.rows
