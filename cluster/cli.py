@@ -120,6 +120,8 @@ def serve(
     from cluster.serve import serve as run
     from deployments.config import Config
 
+    if bundle is not None and Path(bundle).exists():
+        bundle = str(Path(bundle).resolve())  # replicas run in a folder of their own
     try:
         config = Config(
             bundle=bundle,

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import shutil
 import socket
@@ -223,15 +224,24 @@ def deploy(
     try:
         serve.run(bind(config, num_replicas=replicas), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
-        raise Unavailable(f"the application did not start: {_last_line(str(error))}") from error
+        raise Unavailable(f"the application did not start: {_reason(error)}") from error
     url = f"http://127.0.0.1:{port}"
     wait_ready(url, timeout_s)
     return url
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"
+def _reason(error: RuntimeError) -> str:
+    """The last line of the replica's traceback, which Serve keeps in the deployment's status."""
+    from ray import serve
+
+    texts = [str(error)]
+    application = serve.status().applications.get(APPLICATION)
+    if application is not None:
+        texts += [deployment.message for deployment in application.deployments.values()]
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Found|Large): ", line)]
+    last: str = (raised or lines or ["no reason given"])[-1]
+    return last.removeprefix("datamix.errors.")
 
 
 def wait_ready(url: str, timeout_s: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 import threading
@@ -42,7 +43,12 @@ def _on_cluster(config: Config, address: str, port: int, replicas: int) -> Itera
     import ray
 
     try:
-        ray.init(address=address, log_to_driver=False)
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+        )
     except (ConnectionError, ValueError) as error:
         raise Unavailable(f"no Ray cluster answers at {address!r}: {error}") from error
     from ray import serve as ray_serve
