@@ -69,7 +69,7 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        data.draw(st.sampled_from(self.waiting)).cancelled = True
+        self.waiting[data.draw(st.integers(0, len(self.waiting) - 1))].cancelled = True
 
     @rule(seconds=st.integers(1, 3))
     def wait(self, seconds: int) -> None:
