@@ -78,6 +78,21 @@ def test_a_schema_is_little_endian_unless_it_says_otherwise() -> None:
     assert not flat.is_little_endian(big_endian(metadata))
 
 
+@given(st.dictionaries(st.text(max_size=20), st.text(max_size=80), max_size=10))
+def test_the_values_of_metadata_are_where_arrow_put_them(metadata: dict[str, str]) -> None:
+    schema = pa.schema([("a", pa.int8())], metadata)
+    header = pa.ipc.read_message(schema.serialize()).metadata.to_pybytes()
+    found = flat.metadata_values(header)
+    assert {k.decode(): header[a:b].decode() for k, a, b in found} == metadata
+
+
+def test_more_metadata_than_ours_is_refused() -> None:
+    schema = pa.schema([("a", pa.int8())], {str(i): "x" for i in range(17)})
+    header = pa.ipc.read_message(schema.serialize()).metadata.to_pybytes()
+    with pytest.raises(ValueError, match="17 entries"):
+        flat.metadata_values(header)
+
+
 def big_endian(metadata: bytes) -> bytes:
     """The schema message ``metadata`` with its endianness field present and set to Big.
 
@@ -98,10 +113,12 @@ def big_endian(metadata: bytes) -> bytes:
 
 
 HONEST = metadata_of(batch_of([pa.list_(pa.int8(), 3), pa.float32()], 5, False), "lz4")
-SCHEMA = pa.ipc.read_message(pa.schema([("a", pa.int8())]).serialize()).metadata.to_pybytes()
+SCHEMA = pa.ipc.read_message(
+    pa.schema([("a", pa.int8())], {"key": "value", "other": ""}).serialize()
+).metadata.to_pybytes()
 
 
-@pytest.mark.parametrize("read", [flat.batch_layout, flat.is_little_endian])
+@pytest.mark.parametrize("read", [flat.batch_layout, flat.is_little_endian, flat.metadata_values])
 def test_cut_metadata_is_refused_or_read_within_its_bounds(read: Any) -> None:
     whole = HONEST if read is flat.batch_layout else SCHEMA
     refused = 0
@@ -132,7 +149,7 @@ def test_noise_raises_value_error_and_nothing_else(noise: bytes) -> None:
 
 def check_harmless(metadata: bytes) -> None:
     before = time.thread_time()
-    for read in (flat.batch_layout, flat.is_little_endian):
+    for read in (flat.batch_layout, flat.is_little_endian, flat.metadata_values):
         try:
             read(metadata)
         except ValueError as error:
