@@ -25,6 +25,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def _command() -> str:
+    """This run as somebody else would type it."""
+    return " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+
+
 def environment() -> dict[str, Any]:
     """Machine, versions, commit and command of this run."""
     cpu = platform.processor() or platform.machine()
@@ -57,7 +62,7 @@ def environment() -> dict[str, Any]:
             )
         },
         "commit": commit,
-        "command": " ".join(["python", *sys.argv]),
+        "command": _command(),
     }
 
 

@@ -7,10 +7,12 @@ reference and tests can build one without Ray.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import resource
 import secrets
 import time
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from typing import Any
 
@@ -25,6 +27,8 @@ from deployments.metrics import Backend, RayBackend, Recorder, Traffic
 from deployments.protocol import Protocol
 
 _PUBLISH_PERIOD_S = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 class Backbone:
@@ -126,7 +130,7 @@ class Backbone:
         """`GET /v2` of the Open Inference Protocol."""
         return {
             "name": "datamix",
-            "version": installed_version("datamix-cluster"),
+            "version": _version(),
             "extensions": ["datamix_arrow", "datamix_stream", "datamix_stats"],
         }
 
@@ -179,7 +183,13 @@ class Backbone:
     async def _publish(self) -> None:
         while True:
             await asyncio.sleep(_PUBLISH_PERIOD_S)
-            self._recorder.publish(self.batcher.statistics, self.traffic, self.batcher.queue_rows)
+            try:
+                self._recorder.publish(
+                    self.batcher.statistics, self.traffic, self.batcher.queue_rows
+                )
+            except Exception:
+                # Metrics that cannot be published now may be again, and serving goes on meanwhile.
+                logger.exception("metrics were not published")
 
     def _warm_up(self) -> None:
         """Run every block at one row and at full size, so that the first request pays nothing."""
@@ -223,6 +233,13 @@ def build_engine(config: Config) -> tuple[str, str, Engine]:
         threads=config.threads,
     )
     return manifest.name, manifest.version, engine
+
+
+def _version() -> str:
+    try:
+        return installed_version("datamix-cluster")
+    except PackageNotFoundError:  # shipped to the node as a folder, by Ray's working_dir
+        return "unknown"
 
 
 def _tensor(name: str, shape: tuple[int, ...]) -> dict[str, Any]:

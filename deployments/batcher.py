@@ -320,6 +320,7 @@ class Batcher:
                 self._compute(taken.batch, taken.close_reason)
             if self._stopped:
                 return
+            del taken, probes  # an idle engine holds on to nobody's message
 
     def _compute(self, batch: list[Job], close_reason: str) -> None:
         start = self._running_since = self._clock()
@@ -357,7 +358,8 @@ class Batcher:
         """An engine that raised: find the request to blame by running each one alone."""
         if len(batch) > 1:
             for job in batch:
-                self._compute([job], "engine_free")
+                if not job.cancelled:
+                    self._compute([job], "engine_free")
             return
         # The exception's text may hold values of the input or paths: it stays in the log's type.
         logger.error("engine failed on a request: %s", type(error).__name__)

@@ -44,6 +44,7 @@ from datamix.errors import (
 _HEADERS = {"x-request-disconnect-disabled": "?1"}
 # A connection on which requests wait and nothing comes for this long may be dead without a sign.
 _SILENCE_S = 2.0
+_CONNECT_S = 10.0  # for TCP and the WebSocket handshake together
 
 
 class Transport(Protocol):
@@ -127,7 +128,7 @@ class StreamTransport:
         self._max_message_bytes = max_message_bytes
         self._waiting: dict[str, asyncio.Future[wire.Response]] = {}
         self._socket: WSTransport | None = None
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Task[WSTransport] | None = None
         self._closed = False
         self._quiet_since = 0.0  # on the monotonic clock
         self.connections = 0
@@ -157,33 +158,49 @@ class StreamTransport:
     async def close(self) -> None:
         """See :class:`Transport`."""
         self._closed = True
+        if self._opening is not None:
+            await asyncio.wait([self._opening])
         if self._socket is not None:
             self._socket.send_close(WSCloseCode.OK)
             self._socket.disconnect()
             await _farewell(self._socket)
 
     async def _connect(self) -> WSTransport:
-        async with self._opening:
-            if self._closed:
-                raise ConfigError("this transport is closed")
-            if self._socket is None or self._socket.is_disconnected:
-                try:
-                    self._socket, _ = await ws_connect(
-                        self._listener,
-                        self._url,
-                        extra_headers=_HEADERS,
-                        max_frame_size=self._max_message_bytes,
-                        max_redirects=0,  # nobody sends the mixtures elsewhere
-                    )
-                except WSInvalidStatusError as error:
-                    raise _refusal(error) from error
-                except (OSError, WSError, TimeoutError) as error:
-                    raise Unavailable(f"cannot connect to the cloud: {error}") from error
-                if self._socket.is_disconnected:  # picows says so nowhere else
-                    raise Unavailable("the cloud hung up instead of opening a stream")
-                self.connections += 1
-                self._quiet_since = time.monotonic()
+        """The open connection. All requests share one attempt, and none can cancel it.
+
+        A WebSocket handshake that is cancelled half way would leave its socket behind.
+        """
+        if self._closed:
+            raise ConfigError("this transport is closed")
+        if self._socket is not None and not self._socket.is_disconnected:
             return self._socket
+        if self._opening is None or self._opening.done():
+            self._opening = asyncio.create_task(self._open())
+            # Where every request has given up by then, nobody else looks at its failure.
+            self._opening.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(self._opening)
+
+    async def _open(self) -> WSTransport:
+        try:
+            async with asyncio.timeout(_CONNECT_S):
+                socket, _ = await ws_connect(
+                    self._listener,
+                    self._url,
+                    extra_headers=_HEADERS,
+                    max_frame_size=self._max_message_bytes,
+                    max_redirects=0,  # nobody sends the mixtures elsewhere
+                    websocket_handshake_timeout=_CONNECT_S / 2,
+                )
+        except WSInvalidStatusError as error:
+            raise _refusal(error) from error
+        except (OSError, WSError, TimeoutError) as error:
+            raise Unavailable(f"cannot connect to the cloud: {error}") from error
+        if socket.is_disconnected:  # picows says so nowhere else
+            raise Unavailable("the cloud hung up instead of opening a stream")
+        self.connections += 1
+        self._quiet_since = time.monotonic()
+        self._socket = socket
+        return socket
 
     def _listener(self) -> WSListener:
         # Each connection knows its number, so that a late goodbye of an old one cannot fail the

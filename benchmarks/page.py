@@ -1,0 +1,86 @@
+"""Write docs/benchmarks.md from the results in docs/benchmarks/*.json: figures, targets, commands.
+
+python -m benchmarks.page
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+# Result file -> the question, and the target of each figure: (figure, comparison, bound).
+QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
+    "data_plane": (
+        "How many messages per second, and how much server CPU for each, with an idle backbone?",
+        [("ratio_to_default_serve", ">=", 30.0)],
+    ),
+    "batching": (
+        "Does the batcher keep up at 80% of an emulated engine's capacity, and how late is it?",
+        [("throughput_share", ">=", 0.97), ("p99_steps", "<=", 3.0)],
+    ),
+    "saturation": (
+        "How much of the engine's bare speed is served, clients on the same two cores?",
+        [("served_over_bare", ">=", 0.7)],
+    ),
+}
+HEAD = """# Benchmarks
+
+Written by `python -m benchmarks.page` from the results in [benchmarks/](benchmarks); do not edit.
+Each result is one run of one script, everything it compares side by side in that run. The machines
+are shared and noisy: trust ratios before rates. CPU time per message counts every process of the
+server's side. How the clients were found not to be the limit stands with each table.
+"""
+
+
+def meets(value: float, comparison: str, bound: float) -> bool:
+    """Whether a figure meets its target."""
+    return value >= bound if comparison == ">=" else value <= bound
+
+
+def cell(value: Any) -> str:
+    """A value as the tables show it."""
+    if isinstance(value, float):
+        return f"{value:,.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return str(value)
+
+
+def section(name: str, result: dict[str, Any]) -> str:
+    """One result as Markdown."""
+    question, targets = QUESTIONS[name]
+    rows, environment = result["rows"], result["environment"]
+    lines = [f"## {question}", "", "| figure | measured | target |", "|---|---|---|"]
+    bounds = {figure: (comparison, bound) for figure, comparison, bound in targets}
+    for figure, value in result["figures"].items():
+        target = ""
+        if figure in bounds:
+            comparison, bound = bounds[figure]
+            verdict = "met" if meets(value, comparison, bound) else "**missed**"
+            target = f"{comparison} {bound:g}: {verdict}"
+        lines.append(f"| `{figure}` | {cell(value)} | {target} |")
+    lines += ["", f"{result['title']}:", "", "| " + " | ".join(rows[0]) + " |"]
+    lines.append("|" + "---|" * len(rows[0]))
+    lines += ["| " + " | ".join(cell(value) for value in row.values()) + " |" for row in rows]
+    lines += ["", *(f"- {note}" for note in result["notes"])]
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    lines += [
+        f"- `{environment['command']}` at commit {environment['commit']}",
+        f"- {environment['cores']} cores of {environment['cpu']}, Python {environment['python']}, "
+        f"{packages}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """The whole page."""
+    found = {
+        path.stem: json.loads(path.read_text()) for path in (DOCS / "benchmarks").glob("*.json")
+    }
+    return "\n".join([HEAD, *(section(name, found[name]) for name in QUESTIONS if name in found)])
+
+
+if __name__ == "__main__":
+    (DOCS / "benchmarks.md").write_text(page())
