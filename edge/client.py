@@ -64,10 +64,15 @@ class ClientConfig:
             ConfigError: one of them makes no sense.
         """
         for name in ("timeout_s", "attempt_timeout_s", "first_backoff_s", "max_groups"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0")
-        if self.retry_ratio < 0 or self.retry_reserve < 0:
-            raise ConfigError("retry_ratio and retry_reserve are expected to be at least 0")
+            if not 0 < getattr(self, name) < 1e9:  # NaN is neither
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0, finite")
+        for name in ("retry_ratio", "retry_reserve"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.wire_dtype not in (None, *wire.DTYPES):
+            raise ConfigError(
+                f"wire_dtype is {self.wire_dtype!r}, expected one of {', '.join(wire.DTYPES)}"
+            )
 
 
 class RetryBudget:
