@@ -149,6 +149,7 @@ class Client:
             self._transport = url
         self._dtype: wire.Dtype = self.config.wire_dtype or manifest.wire_dtype
         self._budget = RetryBudget(self.config.retry_ratio, self.config.retry_reserve)
+        self._slots = asyncio.Semaphore(self.config.max_groups)
         self._jitter = random.Random(secrets.randbits(64))
         self.retries = 0
         self.bytes_up = 0
@@ -196,10 +197,9 @@ class Client:
         size = self.device.manifest.group_size
         if missing := -len(features) % size:
             features = np.concatenate([features, decoys(missing, features.shape[1:])])
-        slots = asyncio.Semaphore(self.config.max_groups)
 
         async def group(start: int) -> Floats:
-            async with slots:
+            async with self._slots:
                 return await self._infer_group(features[start : start + size])
 
         try:
