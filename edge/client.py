@@ -15,6 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Coroutine
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -285,6 +286,8 @@ class SyncClient:
 
     def __init__(self, url: str | Transport, bundle: Any, **options: Any) -> None:
         """Take the same arguments as :class:`Client`, and raise the same errors."""
+        self._closing = threading.Lock()
+        self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)
         self._thread.start()
@@ -308,30 +311,47 @@ class SyncClient:
         self.close()
 
     def infer(self, inputs: Array) -> Floats:
-        """See :meth:`Client.infer`."""
+        """See :meth:`Client.infer`. Any thread may call it; closed meanwhile, it is a ConfigError."""
         return self._run(self.client.infer(inputs))
 
     def close(self) -> None:
         """Let go of the connection and the thread; a second call does nothing."""
-        if self._thread.is_alive():
-            self._run(self.client.close())
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        try:
+            asyncio.run_coroutine_threadsafe(self.client.close(), self._loop).result()
+        finally:
             self._stop()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        if not self._thread.is_alive():
-            work.close()
-            raise ConfigError("this client is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._closing:  # what is handed over before the closing is cancelled by it
+            if self._closed:
+                work.close()
+                raise ConfigError("this client is closed")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except KeyboardInterrupt:
             future.cancel()
             raise
+        except CancelledError:
+            raise ConfigError("this client is closed") from None
 
     def _stop(self) -> None:
+        asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def _cancel_all() -> None:
+    """Cancel every other task of this loop and wait for them, so that nobody waits for them."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 async def _build(url: str | Transport, bundle: Any, options: dict[str, Any]) -> Client:
