@@ -311,7 +311,11 @@ class SyncClient:
         self.close()
 
     def infer(self, inputs: Array) -> Floats:
-        """See :meth:`Client.infer`. Any thread may call it; closed meanwhile, it is a ConfigError."""
+        """See :meth:`Client.infer`. Any thread may call it.
+
+        Raises:
+            ConfigError: also where the client is closed, before or meanwhile.
+        """
         return self._run(self.client.infer(inputs))
 
     def close(self) -> None:
