@@ -53,7 +53,8 @@ _HEADS = (_weights(4, 12, CLASSES), _weights(4, 6, CLASSES))
 def compute(block: int, features: Array) -> Floats:
     """What the cloud's linear block ``block`` makes of rows (n, *input_shape)."""
     output_shape = SHAPES[block][1]
-    return (features.reshape(len(features), -1) @ _BLOCKS[block]).reshape(-1, *output_shape)
+    weights = _BLOCKS[block]
+    return (features.reshape(-1, len(weights)) @ weights).reshape(-1, *output_shape)
 
 
 class FakeDevice:
@@ -73,7 +74,7 @@ class FakeDevice:
         return np.asarray((raw / 255 - 0.5) / 0.25, np.float32)
 
     def stem(self, inputs: Array) -> Floats:
-        return np.tanh(inputs.reshape(len(inputs), -1) @ _STEM).reshape(-1, *SHAPES[0][0])
+        return np.tanh(inputs.reshape(-1, 6) @ _STEM).reshape(-1, *SHAPES[0][0])
 
     def bridge(self, index: int, features: Array) -> Floats:
         assert index == 0
@@ -82,8 +83,8 @@ class FakeDevice:
 
     def head(self, features: Array) -> Floats:
         self.headed.append(features)
-        flat = features.reshape(len(features), -1)
-        return np.tanh(flat @ _HEADS[len(self.manifest.blocks) - 1])
+        weights = _HEADS[len(self.manifest.blocks) - 1]
+        return np.tanh(features.reshape(-1, len(weights)) @ weights)
 
     def local(self, raw: Array) -> Floats:
         """The outputs that no cloud and no mixing would give."""
