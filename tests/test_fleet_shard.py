@@ -116,27 +116,27 @@ def test_dropped_connections_cost_retries_and_lose_nothing() -> None:
 def test_a_stall_shows_in_the_latency_from_the_schedule() -> None:
     def stall(connection: Connection, request: wire.Request) -> None:
         notes, loop = connection.cloud.notes, asyncio.get_running_loop()
-        open_s = notes.setdefault("open_s", loop.time() + 0.4)
+        open_s = notes.setdefault("open_s", loop.time() + 1.0)
         connection.later(max(0.0, open_s - loop.time()), echo(request))
 
     table = fly(stall).table
     latency_s = table["done_s"] - table["scheduled_s"]
-    # All 150 fell due within 0.3 s of a 0.4 s stall. One device after another, each waiting for its
+    # All 150 fell due within 0.3 s of a 1 s stall. One device after another, each waiting for its
     # last answer, would have sent a handful and reported the rest as quick.
-    assert latency_s.min() > 0.05
-    assert np.quantile(latency_s, 0.99) > 0.35
-    assert np.allclose(latency_s, 0.4 - table["scheduled_s"], atol=0.1)
+    assert latency_s.min() > 0.4
+    assert np.quantile(latency_s, 0.99) > 0.9
+    assert np.allclose(latency_s, 1.0 - table["scheduled_s"], atol=0.3)
 
 
 def test_silence_is_a_timeout_and_a_late_answer_no_duplicate() -> None:
     def slow_third(connection: Connection, request: wire.Request) -> None:
-        delay_s = 0.3 if connection.cloud.requests % 3 == 0 else 0.0
+        delay_s = 1.1 if connection.cloud.requests % 3 == 0 else 0.0
         connection.later(delay_s, echo(request))
 
-    flown = fly(slow_third, timeout_s=0.2)
+    flown = fly(slow_third, timeout_s=1.0)
     assert statuses(flown) == {result.OK: 100, result.TIMEOUT: 50}
     late = flown.table[flown.table["status"] == result.TIMEOUT]
-    assert np.allclose(late["done_s"] - late["scheduled_s"], 0.2, atol=0.05)
+    assert np.allclose(late["done_s"] - late["scheduled_s"], 1.0, atol=0.3)
     assert flown.counters.late > 0 and flown.counters.duplicates == 0
 
 

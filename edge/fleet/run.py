@@ -27,7 +27,7 @@ from edge.fleet.shard import Counters, Progress, ShardResult
 from edge.fleet.stats import Sampler, Use, fetch, use
 
 _HEADROOM_S = 0.3  # from "all are ready" to the first arrival, so that every shard has heard it
-_PATIENCE_S = 5.0  # beyond the last deadline, before a silent shard is taken for dead
+_PATIENCE_S = 30.0  # beyond the last deadline, before a silent shard is taken for dead
 _PREPARE_S = 300.0  # reading the bundle and computing what is right
 _SPARE_DESCRIPTORS = 64
 
