@@ -300,7 +300,10 @@ async def test_a_cloud_that_is_not_there_is_unavailable_at_once() -> None:
 
 
 @asynchronous
-async def test_a_cloud_that_does_not_shake_hands_is_unavailable_in_time() -> None:
+async def test_a_cloud_that_does_not_shake_hands_is_unavailable_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transport_module, "_CONNECT_S", 0.4)  # close waits for the handshake
     async with FakeHttp(lambda _: Reply(delay_s=60)).serve() as mute:
         transport = StreamTransport(mute.url, "echo")
         for answer in await send_all(transport, 3, timeout_s=0.05):
