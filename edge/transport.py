@@ -14,6 +14,7 @@ import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable
+from http.cookiejar import DefaultCookiePolicy
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -245,6 +246,8 @@ class UnaryTransport:
         self._client = httpx.AsyncClient(
             headers={**_HEADERS, "content-type": wire.MEDIA_TYPE}, trust_env=False
         )
+        # No cookies: the cloud would know requests of one client by them.
+        self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
 
     async def send(self, message: bytes, request_id: str, timeout_s: float) -> wire.Response:
         """See :class:`Transport`."""
