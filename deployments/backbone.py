@@ -20,6 +20,7 @@ import numpy as np
 
 from datamix import wire
 from datamix.errors import ConfigError, NotFound, TooLarge, WireError
+from deployments import websocket
 from deployments.batcher import Batcher
 from deployments.config import Config
 from deployments.engine import Block, EchoEngine, Engine, Rows, TorchEngine, parse_engine
@@ -46,6 +47,7 @@ class Backbone:
             ConfigError: the settings do not fit the bundle or this machine.
         """
         loop = asyncio.get_running_loop()
+        websocket.install()  # Ray starts this replica's server after the constructor
         self.config = config
         self.clock = time.monotonic
         self.traffic = Traffic()

@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import re
-from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +32,7 @@ from datamix.errors import (
 )
 from deployments.batcher import Computed, Job
 from deployments.engine import Rows
+from deployments.websocket import EXTENSION, Messages
 
 if TYPE_CHECKING:
     from deployments.backbone import Backbone
@@ -61,53 +61,27 @@ class Route(NamedTuple):
 
 
 class Stream:
-    """One WebSocket.
+    """One WebSocket: its messages, and its requests that are not answered yet."""
 
-    Its responses are written by a task of its own, so that a slow reader holds up nobody else, and
-    no more than ``limit`` of its requests are under way at once.
-    """
-
-    def __init__(self, send: Send, limit: int) -> None:
-        """Write through ``send``; accept ``limit`` requests before the oldest is answered."""
-        self._send = send
+    def __init__(self, messages: Messages, limit: int) -> None:
+        """Answer through ``messages``; read no more while ``limit`` requests are unanswered."""
+        self._messages = messages
         self._limit = limit
-        self._outgoing: deque[bytes] = deque()
-        self._something = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
         self._unanswered = 0
-        self._gone = False
         self._jobs: set[Job] = set()
 
-    async def enter(self) -> bool:
-        """Count one more request; waits while there are too many (and so stops reading).
-
-        False where the peer is gone.
-        """
-        while self._unanswered >= self._limit and not self._gone:
-            self._room.clear()
-            await self._room.wait()
+    def enter(self) -> None:
+        """Count one more request; at the limit the peer is not read from any more."""
         self._unanswered += 1
-        return not self._gone
+        if self._unanswered == self._limit:
+            self._messages.hold(True)
 
     def answer(self, message: bytes) -> None:
-        """Queue one response."""
-        self._outgoing.append(message)
-        self._something.set()
-
-    async def write(self) -> None:
-        """Write responses until cancelled or the peer is gone."""
-        try:
-            while True:
-                while self._outgoing:
-                    await self._send({"type": "websocket.send", "bytes": self._outgoing.popleft()})
-                    self._unanswered -= 1
-                    self._room.set()
-                self._something.clear()
-                await self._something.wait()
-        finally:
-            self._gone = True
-            self._room.set()
+        """Write one response."""
+        self._messages.send(message)
+        self._unanswered -= 1
+        if self._unanswered == self._limit - 1:
+            self._messages.hold(False)
 
     def watch(self, job: Job) -> None:
         """Remember a queued request, in case the peer leaves."""
@@ -248,27 +222,19 @@ class Protocol:
         except DataMixError as error:
             await _reply_error(send, error, kind="websocket.http.response")
             return
-        await send({"type": "websocket.accept"})
-        stream = Stream(send, self._limits.max_stream_requests)
-        traffic = self._backbone.traffic
-        traffic.open_streams += 1
-        writer = asyncio.create_task(stream.write())
+        messages: Messages = scope["extensions"][EXTENSION]
+        stream = Stream(messages, self._limits.max_stream_requests)
+        messages.on_message = lambda body: self._stream_request(body, route, stream)
+        self._backbone.traffic.open_streams += 1
         try:
-            while True:
-                message = await receive()
-                if message["type"] == "websocket.disconnect":
-                    break
-                if not await stream.enter():
-                    break
-                self._stream_request(message, route, stream)
+            await send({"type": "websocket.accept"})
+            await receive()  # websocket.disconnect; messages come by the other way
         finally:
-            traffic.open_streams -= 1
+            self._backbone.traffic.open_streams -= 1
             stream.abandon()
-            writer.cancel()
-            # A peer that left makes the writer fail; that is not worth a word.
-            await asyncio.gather(writer, return_exceptions=True)
 
-    def _stream_request(self, message: Message, route: Route, stream: Stream) -> None:
+    def _stream_request(self, body: bytes | None, route: Route, stream: Stream) -> None:
+        stream.enter()
         job: Job | None = None
 
         def reply(request_id: str, outcome: bytes | DataMixError) -> None:
@@ -284,7 +250,6 @@ class Protocol:
             self._backbone.traffic.sent_bytes += len(outcome)
             stream.answer(outcome)
 
-        body = message.get("bytes")
         try:
             if body is None:
                 raise WireError("a text frame came on the stream, expected binary messages")

@@ -126,7 +126,6 @@ async def serving(config: Config) -> AsyncIterator[Cloud]:
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=1,
-            ws="websockets-sansio",
         )
         settings.load()
         server = uvicorn.Server(settings)

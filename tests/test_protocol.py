@@ -20,6 +20,7 @@ from websockets.exceptions import InvalidStatus
 from datamix import wire
 from deployments.batcher import Job
 from deployments.config import Config
+from deployments.websocket import EXTENSION, Messages
 from tests.real_cloud import (
     PATIENCE_S,
     SHAPE,
@@ -492,38 +493,53 @@ def body_of(message: bytes) -> Callable[[], Awaitable[dict[str, Any]]]:
     return receive
 
 
-class FakeStream:
-    """A WebSocket of which a test sees each call of receive."""
+class FakePeer:
+    """The other side of a stream, without a socket."""
 
-    def __init__(self, messages: list[bytes]) -> None:
-        self.messages = messages
-        self.reads = 0
+    def __init__(self) -> None:
+        self.messages = Messages()
+        self.messages.send = self.read  # type: ignore[method-assign]
         self.answers: list[wire.Response] = []
-        self.leave = asyncio.Event()
-        self.answered = asyncio.Event()
+        self.left = asyncio.Event()
+        self.events: list[dict[str, Any]] = [{"type": "websocket.connect"}]
+
+    @property
+    def scope(self) -> dict[str, Any]:
+        path, extensions = "/v2/models/echo/stream", {EXTENSION: self.messages}
+        return {"type": "websocket", "path": path, "headers": [], "extensions": extensions}
+
+    def read(self, message: bytes) -> None:
+        self.answers.append(wire.decode_response(message))
 
     async def receive(self) -> dict[str, Any]:
-        self.reads += 1
-        if self.reads == 1:
-            return {"type": "websocket.connect"}
-        if self.reads - 2 < len(self.messages):
-            return {"type": "websocket.receive", "bytes": self.messages[self.reads - 2]}
-        await self.leave.wait()
+        if self.events:
+            return self.events.pop()
+        await self.left.wait()
         return {"type": "websocket.disconnect", "code": 1000}
 
     async def send(self, message: Any) -> None:
-        if message["type"] == "websocket.send":
-            self.answers.append(wire.decode_response(message["bytes"]))
-            if len(self.answers) == len(self.messages):
-                self.answered.set()
+        assert message == {"type": "websocket.accept"}
 
-    @property
-    def taken(self) -> int:
-        """Messages that the replica has read."""
-        return self.reads - 1
+    async def until_answered(self, count: int) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while len(self.answers) < count:
+                await asyncio.sleep(0.001)
 
 
-STREAM_SCOPE = {"type": "websocket", "path": "/v2/models/echo/stream", "headers": []}
+class FakeTransport:
+    """What a stream needs of picows to stop reading."""
+
+    is_disconnected = False
+
+    def __init__(self) -> None:
+        self.underlying_transport = self
+        self.calls: list[str] = []
+
+    def pause_reading(self) -> None:
+        self.calls.append("pause")
+
+    def resume_reading(self) -> None:
+        self.calls.append("resume")
 
 
 async def turn() -> None:
@@ -537,49 +553,36 @@ def test_a_stream_stops_reading_at_its_bound() -> None:
         config = CONFIG.model_copy(update={"max_stream_requests": 2})
         async with replica(config) as cloud:
             cloud.gate.close()
-            peer = FakeStream([message_of(seed) for seed in range(10)])
-            task = asyncio.create_task(cloud.app(STREAM_SCOPE, peer.receive, peer.send))
+            peer, transport = FakePeer(), FakeTransport()
+            peer.messages.transport = transport  # type: ignore[assignment]
+            task = asyncio.create_task(cloud.app(peer.scope, peer.receive, peer.send))
+            await turn()
+            for seed in range(10):  # as if one read had brought them all
+                peer.messages.receive(message_of(seed))
             await cloud.gate.batch()
             await turn()
-            # Two are under way, and the third waits in the hand.
-            assert peer.taken == 3
             assert len(cloud.queued) + sum(len(batch) for batch in cloud.gate.batches) == 2
+            assert transport.calls == ["pause"]
             cloud.gate.open()
-            async with asyncio.timeout(PATIENCE_S):
-                await peer.answered.wait()
+            await peer.until_answered(10)
             for seed, response in enumerate(peer.answers):
                 assert_echoes(response, seed)
-            peer.leave.set()
+            assert transport.calls[-1] == "resume"
+            peer.left.set()
             await task
 
     asyncio.run(go())
 
 
 def test_a_peer_that_does_not_read_is_not_read_from() -> None:
-    async def go() -> None:
-        config = CONFIG.model_copy(update={"max_stream_requests": 3})
-        async with replica(config) as cloud:
-            peer = FakeStream([message_of(seed) for seed in range(20)])
-            reads_again = asyncio.Event()
-
-            async def send(message: Any) -> None:
-                if message["type"] == "websocket.send":
-                    await reads_again.wait()
-                await peer.send(message)
-
-            task = asyncio.create_task(cloud.app(STREAM_SCOPE, peer.receive, send))
-            async with asyncio.timeout(PATIENCE_S):
-                while len(cloud.gate.batches) < 1 or cloud.queued:
-                    await asyncio.sleep(0.001)
-            await turn()
-            assert peer.taken == 4
-            reads_again.set()
-            async with asyncio.timeout(PATIENCE_S):
-                await peer.answered.wait()
-            peer.leave.set()
-            await task
-
-    asyncio.run(go())
+    messages, transport = Messages(), FakeTransport()
+    messages.transport = transport  # type: ignore[assignment]
+    messages.full(True)
+    messages.hold(True)
+    messages.full(False)  # one of two reasons is left
+    assert set(transport.calls) == {"pause"}
+    messages.hold(False)
+    assert transport.calls[-1] == "resume"
 
 
 def test_an_answered_request_leaves_no_memory_behind() -> None:
@@ -593,15 +596,17 @@ def test_an_answered_request_leaves_no_memory_behind() -> None:
         gc.disable()  # what only the collector would free does not count as freed
         try:
             async with replica(CONFIG) as cloud:
-                peer = FakeStream([message_of(seed) for seed in range(20)])
-                task = asyncio.create_task(cloud.app(STREAM_SCOPE, peer.receive, peer.send))
-                async with asyncio.timeout(PATIENCE_S):
-                    await peer.answered.wait()
+                peer = FakePeer()
+                task = asyncio.create_task(cloud.app(peer.scope, peer.receive, peer.send))
+                await turn()
+                for seed in range(20):
+                    peer.messages.receive(message_of(seed))
+                await peer.until_answered(20)
                 await turn()
                 last = len(cloud.gate.batches[-1])
                 cloud.gate.batches.clear()
                 assert jobs() <= last <= 8  # the engine's thread may still hold the last batch
-                peer.leave.set()
+                peer.left.set()
                 await task
         finally:
             gc.enable()
