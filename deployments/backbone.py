@@ -20,7 +20,7 @@ import numpy as np
 
 from datamix import wire
 from datamix.errors import ConfigError, NotFound, TooLarge, WireError
-from deployments import websocket
+from deployments import oip, websocket
 from deployments.batcher import Batcher
 from deployments.config import Config
 from deployments.engine import Block, EchoEngine, Engine, Rows, TorchEngine, parse_engine
@@ -133,7 +133,7 @@ class Backbone:
         return {
             "name": "datamix",
             "version": _version(),
-            "extensions": ["datamix_arrow", "datamix_stream", "datamix_stats"],
+            "extensions": [*oip.EXTENSIONS, "datamix_arrow", "datamix_stream", "datamix_stats"],
         }
 
     def model_metadata(self) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     POST /v2/models/{model}[/versions/{v}]/infer    one message in, one out
     GET  /v2/models/{model}[/versions/{v}]/stream   WebSocket: many, answered as they finish
-    GET  /v2/models/{model}[/versions/{v}][/ready]  metadata, readiness
-    GET  /v2, /v2/health/live, /v2/health/ready, /v2/stats
+    GET  /v2/models/{model}[/versions/{v}][/ready | /config]  metadata, readiness
+    GET  /v2, /v2/health/live, /v2/health/ready, /v2/stats; POST /v2/repository/index
 
 A request is decoded and checked on the event loop, before it can enter a batch. Every fault has its
 row in the table of docs/wire.md and leaves the connection and all other requests untouched.
@@ -30,6 +30,7 @@ from datamix.errors import (
     Unsupported,
     WireError,
 )
+from deployments import oip
 from deployments.batcher import Computed, Job
 from deployments.engine import Rows
 from deployments.websocket import EXTENSION, Messages
@@ -48,7 +49,8 @@ Reply = Callable[[str, bytes | DataMixError], None]
 logger = logging.getLogger(__name__)
 
 _ROUTE = re.compile(
-    r"/v2/models/(?P<model>[^/]+)(/versions/(?P<version>[^/]+))?(/(?P<action>infer|stream|ready))?/?"
+    r"/v2/models/(?P<model>[^/]+)(/versions/(?P<version>[^/]+))?"
+    r"(/(?P<action>infer|stream|ready|config))?/?"
 )
 
 
@@ -132,10 +134,13 @@ class Protocol:
         try:
             path = scope["path"]
             if scope["method"] == "POST":
+                if path == "/v2/repository/index":
+                    await self._index(scope, receive, send)
+                    return
                 route = self._route(path)
                 if route.action != "infer":
                     raise NotFound(f"nothing is to be posted at {path[:200]!r}")
-                await self._infer(scope, route, receive, send)
+                await self._infer(scope, receive, send)
             elif scope["method"] == "GET":
                 body = json.dumps(self._describe(path)).encode()
                 await _reply(send, 200, "application/json", body)
@@ -147,14 +152,56 @@ class Protocol:
                 self._count(error)
             await _reply_error(send, error)
 
-    async def _infer(self, scope: Scope, route: Route, receive: Receive, send: Send) -> None:
+    async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
         media = _header(scope, b"content-type")
-        if media.partition(";")[0].strip().lower() != wire.MEDIA_TYPE:
-            raise Unsupported(f"content type is {media[:100]!r}, expected {wire.MEDIA_TYPE!r}")
-        body = await self._body(scope, receive)
-        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        kind = media.partition(";")[0].strip().lower()
+        if kind == wire.MEDIA_TYPE:
+            await self._infer_arrow(scope, receive, send)
+        elif kind in ("", *oip.MEDIA_TYPES) or _header(scope, oip.LENGTH_HEADER):
+            # NVIDIA's tritonclient names no content type.
+            await self._infer_oip(scope, receive, send)
+        else:
+            raise Unsupported(
+                f"content type is {media[:100]!r}, expected {wire.MEDIA_TYPE!r} or one of "
+                f"{', '.join(oip.MEDIA_TYPES)}"
+            )
 
-        def reply(request_id: str, outcome: bytes | DataMixError) -> None:
+    async def _infer_arrow(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await self._body(scope, receive)
+        request = self._decode(body)
+        message = self._encode(request, await self._compute(request))
+        if isinstance(message, DataMixError):
+            raise message
+        self._count(message)
+        self._backbone.traffic.sent_bytes += len(message)
+        await _reply(send, 200, wire.MEDIA_TYPE, message)
+
+    async def _infer_oip(self, scope: Scope, receive: Receive, send: Send) -> None:
+        backbone = self._backbone
+        encoding = _header(scope, b"content-encoding")
+        if encoding.lower() not in ("", "identity"):
+            raise Unsupported(f"content encoding is {encoding[:100]!r}, expected none")
+        body = await self._body(scope, receive)
+        backbone.traffic.received_bytes += len(body)
+        length = _header(scope, oip.LENGTH_HEADER)
+        request = oip.decode_request(body, length, max_rows=self._limits.max_request_rows)
+        computed = await self._compute(request.wire)
+        answer = oip.encode_response(
+            request, computed, model=backbone.model, version=backbone.version
+        )
+        self._count(answer.body)
+        backbone.traffic.sent_bytes += len(answer.body)
+        if answer.json_length is None:
+            await _reply(send, 200, "application/json", answer.body)
+        else:
+            extra = ((oip.LENGTH_HEADER, str(answer.json_length).encode()),)
+            await _reply(send, 200, "application/octet-stream", answer.body, extra=extra)
+
+    async def _compute(self, request: wire.Request) -> Computed:
+        """Queue a request and wait for its batch; whoever stops waiting cancels it."""
+        answer: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
+
+        def done(outcome: Computed | DataMixError) -> None:
             if answer.done():
                 return  # the client went away while the batch was computed
             if isinstance(outcome, DataMixError):
@@ -162,14 +209,17 @@ class Protocol:
             else:
                 answer.set_result(outcome)
 
-        job = self._submit(body, route, reply)
+        job = self._admit(request, done)
         try:
-            message = await answer
+            return await answer
         finally:
             job.cancelled = True  # answered, or nobody waits any more
-        self._count(message)
-        self._backbone.traffic.sent_bytes += len(message)
-        await _reply(send, 200, wire.MEDIA_TYPE, message)
+
+    async def _index(self, scope: Scope, receive: Receive, send: Send) -> None:
+        backbone = self._backbone
+        models = [(backbone.model, backbone.version, backbone.ready)]
+        index = oip.repository_index(models, await self._body(scope, receive))
+        await _reply(send, 200, "application/json", json.dumps(index).encode())
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         limit = self._limits.max_request_bytes
@@ -209,6 +259,10 @@ class Protocol:
             if not backbone.ready:
                 raise Unavailable(f"model {route.model!r} is not ready")
             return {"name": route.model, "ready": True}
+        if route.action == "config":
+            return oip.model_config(
+                backbone.model, backbone.engine.blocks, self._limits.max_request_rows
+            )
         raise NotFound(f"nothing is to be read at {path[:200]!r}")
 
     # --- WebSocket ---
@@ -271,17 +325,27 @@ class Protocol:
 
     def _submit(self, body: bytes, route: Route, reply: Reply) -> Job:
         """Decode, check and queue one request; ``reply`` gets its encoded response or the error."""
-        backbone = self._backbone
-        backbone.traffic.received_bytes += len(body)
-        request = wire.decode_request(
+        request = self._decode(body)
+        return self._admit(
+            request, lambda outcome: reply(request.request_id, self._encode(request, outcome))
+        )
+
+    def _decode(self, body: bytes) -> wire.Request:
+        """Open one message."""
+        self._backbone.traffic.received_bytes += len(body)
+        return wire.decode_request(
             body, max_bytes=self._limits.max_request_bytes, max_rows=self._limits.max_request_rows
         )
+
+    def _admit(self, request: wire.Request, done: Callable[[Computed | DataMixError], None]) -> Job:
+        """Check and queue one request, in whichever protocol it came."""
+        backbone = self._backbone
         backbone.check_request(request)
         deadline_s = request.deadline_s
         job = Job(
             block=request.block,
             rows=Rows(request.features, request.scale),
-            done=lambda outcome: reply(request.request_id, self._encode(request, outcome)),
+            done=done,
             deadline=None if deadline_s is None else backbone.clock() + deadline_s,
         )
         backbone.batcher.offer(job)
