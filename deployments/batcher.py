@@ -2,8 +2,13 @@
 
 While the engine computes, requests gather; the moment it is free it takes what waits, up to
 ``max_batch_rows``. There is no timer: an idle engine starts at once, a busy one gets ever larger
-batches. Requests are served in order of arrival, share a batch only with requests of the same
-block, and never split.
+batches. The most urgent request goes first, with all that fit of the same block; requests never
+split.
+
+A request is due at its deadline or ``max_age_s`` after its arrival, whichever is earlier, and those
+due first go first: earliest deadline first, and in order of arrival without deadlines. Normal goes
+before low priority, until a low one is due; then it takes its turn among the normal ones. So
+nothing starves: what arrives after a request was due can no longer overtake it.
 
     event loop:    offer() -> [queue] ..................... deliver callbacks
     engine thread:            take() -> Engine.run() ------^
@@ -15,9 +20,13 @@ import asyncio
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable
+from bisect import bisect_right, insort
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
+from math import ceil, inf
+from operator import attrgetter
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -25,9 +34,12 @@ import numpy as np
 import numpy.typing as npt
 
 from datamix.errors import DataMixError, DeadlineExceeded, Overloaded, Unavailable
+from deployments.cost import CostModel
 from deployments.engine import Engine, Rows
 
 Array = npt.NDArray[Any]
+
+_DUE = attrgetter("due")
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +52,8 @@ class Timing:
         queue_s: from this request's arrival to the start of its batch, in seconds.
         compute_s: the engine's time for the whole batch, in seconds.
         batch_rows: rows of the whole batch.
-        close_reason: ``engine_free``, ``full`` or ``drain``.
+        close_reason: ``engine_free``, ``full``, ``deadline`` (more rows would have missed the
+            target for a batch's time) or ``drain``.
     """
 
     queue_s: float
@@ -65,7 +78,9 @@ class Job:
         rows: the request's rows.
         done: called once, on the event loop, with what was computed or why it was not.
         deadline: when the answer is worth nothing any more, on the batcher's clock; None: never.
+        priority: 0 normal, 1 low.
         arrived: when it was offered, on the batcher's clock.
+        due: its place in the queue, on the batcher's clock; the queue sets it.
         cancelled: set by the owner when nobody waits any more; the job is then dropped unanswered.
     """
 
@@ -73,13 +88,19 @@ class Job:
     rows: Rows
     done: Callable[[Computed | DataMixError], None]
     deadline: float | None = None
+    priority: int = 0
     arrived: float = 0.0
+    due: float = 0.0
     cancelled: bool = False
 
     @property
     def count(self) -> int:
         """How many rows it has."""
         return len(self.rows.features)
+
+    def is_live(self, now: float) -> bool:
+        """Whether somebody still waits for it, and its deadline has not passed."""
+        return not self.cancelled and (self.deadline is None or self.deadline > now)
 
 
 @dataclass(slots=True)
@@ -92,58 +113,171 @@ class Taken:
 
 
 class Queue:
-    """The waiting requests: first come, first served, bounded in rows. Not thread-safe."""
+    """The waiting requests, the most urgent first, bounded in rows. Not thread-safe.
 
-    def __init__(self, *, max_batch_rows: int, max_queue_rows: int) -> None:
-        """Take batches of at most ``max_batch_rows`` from at most ``max_queue_rows`` waiting."""
+    Per priority and block there is a lane: a list in the order of ``due``. Most requests come in
+    that order and are appended; inserting one among thousands moves some kilobytes of pointers,
+    which is less than what a heap would cost every request.
+
+    Attributes:
+        rows: rows waiting.
+        limits: blocks whose batches shall have fewer rows than ``max_batch_rows``, and how many.
+    """
+
+    def __init__(self, *, max_batch_rows: int, max_queue_rows: int, max_age_s: float = 2.0) -> None:
+        """Take batches of at most ``max_batch_rows`` from at most ``max_queue_rows`` waiting.
+
+        What has waited for ``max_age_s`` goes before all that arrives from then on.
+        """
         self.max_batch_rows = max_batch_rows
         self.max_queue_rows = max_queue_rows
+        self.max_age_s = max_age_s
         self.rows = 0
-        self._jobs: deque[Job] = deque()
+        self.limits: dict[int, int] = {}
+        self._normal: defaultdict[int, list[Job]] = defaultdict(list)  # by block
+        self._low: defaultdict[int, list[Job]] = defaultdict(list)
+        self._swept = False
 
     def __len__(self) -> int:
         """Number of waiting requests."""
-        return len(self._jobs)
+        return sum(map(len, self._lanes()))
+
+    def __iter__(self) -> Iterator[Job]:
+        """The waiting requests, lane by lane."""
+        return chain.from_iterable(self._lanes())
 
     def offer(self, job: Job) -> bool:
-        """Queue a job; False where there is no room for its rows."""
-        if self.rows + job.count > self.max_queue_rows:
+        """Queue a job that arrived now; False where there is no room for its rows."""
+        count = job.count
+        if self.rows + count > self.max_queue_rows:
             return False
-        self._jobs.append(job)
-        self.rows += job.count
+        due = job.due = self._due(job)
+        lane = (self._low if job.priority else self._normal)[job.block]
+        if lane and lane[-1].due > due:
+            insort(lane, job, key=_DUE)
+        else:
+            lane.append(job)
+        self.rows += count
         return True
 
     def take(self, now: float) -> Taken:
-        """Take the next batch: the oldest live request and all that fit of the same block.
+        """Take the next batch: the most urgent live request and all that fit of the same block.
 
         Requests of other blocks keep their places. A request that does not fit ends the batch, so
-        that a large one is not overtaken for ever by smaller ones.
+        that a large one is not overtaken for ever by smaller ones. One larger than its block's
+        limit makes a batch of its own.
         """
         taken = Taken()
-        kept: list[Job] = []
-        rows = 0
-        while self._jobs:
-            job = self._jobs.popleft()
-            if job.cancelled:
-                self.rows -= job.count
-            elif job.deadline is not None and job.deadline <= now:
-                self.rows -= job.count
-                taken.expired.append(job)
-            elif taken.batch and job.block != taken.batch[0].block:
-                kept.append(job)
-            elif taken.batch and rows + job.count > self.max_batch_rows:
-                self._jobs.appendleft(job)
-                taken.close_reason = "full"
-                break
+        self._swept = False
+        block = self._turn(now, taken.expired)
+        if block is None:
+            return taken
+        limit = self.limit(block)
+        normal, low = self._normal.get(block, []), self._low.get(block, [])
+        n = k = 0  # how far each lane is gone through
+        rows = gone = 0
+        while rows < limit:
+            if n < len(normal) and not (
+                k < len(low) and _urgency(low[k], now) < _urgency(normal[n], now)
+            ):
+                job = normal[n]
+                n += 1
+            elif k < len(low):
+                job = low[k]
+                k += 1
             else:
-                taken.batch.append(job)
-                self.rows -= job.count
-                rows += job.count
-                if rows >= self.max_batch_rows:
-                    taken.close_reason = "full"
-                    break
-        self._jobs.extendleft(reversed(kept))
+                break
+            count = job.count
+            gone += count
+            if job.cancelled:
+                continue
+            if job.deadline is not None and job.deadline <= now:
+                taken.expired.append(job)
+                continue
+            rows += count
+            if rows > limit and taken.batch:
+                # It stays, and the batch is as full as it can be.
+                gone -= count
+                n, k = (n, k - 1) if job.priority else (n - 1, k)
+                break
+            taken.batch.append(job)
+        if rows >= limit:
+            taken.close_reason = "full" if limit >= self.max_batch_rows else "deadline"
+        del normal[:n], low[:k]
+        self.rows -= gone
         return taken
+
+    def limit(self, block: int) -> int:
+        """Rows that a batch of this block has at most, unless it is a single larger request."""
+        return self.limits.get(block, self.max_batch_rows)
+
+    def sweep(self, now: float) -> list[Job]:
+        """Make room: drop what is cancelled or late wherever it waits, and return the late ones.
+
+        Once between two takes, so that a full queue is not searched for each request it refuses.
+        """
+        expired: list[Job] = []
+        if self._swept:
+            return expired
+        self._swept = True
+        for lane in self._lanes():
+            live = []
+            for job in lane:
+                if job.is_live(now):
+                    live.append(job)
+                else:
+                    self._drop(job, expired)
+            lane[:] = live
+        return expired
+
+    def ahead(self, now: float, job: Job | None = None) -> dict[int, float]:
+        """Rows that wait, by block; with ``job``, only those that would go before it.
+
+        An estimate: it counts requests, and gives each the mean number of rows.
+        """
+        normal = low = inf  # what is due until then goes first
+        if job is not None:
+            due = self._due(job)
+            normal, low = (inf, due) if job.priority else (due, min(due, now))
+        counts: Counter[int] = Counter()
+        for until, lanes in ((normal, self._normal), (low, self._low)):
+            for block, lane in lanes.items():
+                counts[block] += bisect_right(lane, until, key=_DUE)
+        mean = self.rows / max(1, len(self))
+        return {block: count * mean for block, count in counts.items() if count}
+
+    def _due(self, job: Job) -> float:
+        aged = job.arrived + self.max_age_s
+        return aged if job.deadline is None or job.deadline > aged else job.deadline
+
+    def _lanes(self) -> Iterator[list[Job]]:
+        return chain(self._normal.values(), self._low.values())
+
+    def _turn(self, now: float, expired: list[Job]) -> int | None:
+        """The block of the most urgent live request; drops what is dead before it in each lane."""
+        first: Job | None = None
+        for lane in self._lanes():
+            dead = 0
+            for job in lane:
+                if job.is_live(now):
+                    if first is None or _urgency(job, now) < _urgency(first, now):
+                        first = job
+                    break
+                self._drop(job, expired)
+                dead += 1
+            del lane[:dead]
+        return None if first is None else first.block
+
+    def _drop(self, job: Job, expired: list[Job]) -> None:
+        """Count a dead job out; one that is late is still to be answered."""
+        self.rows -= job.count
+        if not job.cancelled:
+            expired.append(job)
+
+
+def _urgency(job: Job, now: float) -> tuple[bool, float]:
+    """Smaller goes first: normal and overdue ones before low ones, each by when they are due."""
+    return job.priority > 0 and job.due > now, job.due
 
 
 @dataclass(slots=True)
@@ -165,6 +299,20 @@ class Statistics:
     queue_s: float = 0.0
 
 
+class Running(NamedTuple):
+    """The batch that the engine computes now.
+
+    Attributes:
+        since: its start, on the batcher's clock.
+        block: which block it runs.
+        predicted_s: how long it should take, in seconds.
+    """
+
+    since: float
+    block: int
+    predicted_s: float
+
+
 class Batcher:
     """Joins the event loop, the queue and the engine's thread."""
 
@@ -175,6 +323,8 @@ class Batcher:
         *,
         max_batch_rows: int,
         max_queue_rows: int,
+        target_batch_s: float | None = None,
+        max_age_s: float = 2.0,
         on_batch: Callable[[Timing], None] = lambda timing: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -185,6 +335,10 @@ class Batcher:
             loop: the event loop on which every ``Job.done`` is called.
             max_batch_rows: rows per batch at most; a single request may not be larger.
             max_queue_rows: rows waiting at most; beyond it requests are shed.
+            target_batch_s: how long a batch should take at most, in seconds; it then gets fewer
+                rows, but never less than one request. None: no such limit.
+            max_age_s: what has waited so long goes before all that arrives from then on, in
+                seconds; deadlines further away count as this one.
             on_batch: called on the event loop after each batch with the timing of its oldest
                 request, for metrics.
             clock: monotonic seconds.
@@ -192,7 +346,11 @@ class Batcher:
         self.statistics = Statistics()
         self._engine = engine
         self._loop = loop
-        self._queue = Queue(max_batch_rows=max_batch_rows, max_queue_rows=max_queue_rows)
+        self._queue = Queue(
+            max_batch_rows=max_batch_rows, max_queue_rows=max_queue_rows, max_age_s=max_age_s
+        )
+        self._target_batch_s = target_batch_s
+        self._costs = [CostModel() for _ in engine.blocks]
         self._on_batch = on_batch
         self._clock = clock
         # The lock guards queue and flags; the signal wakes the thread, which says beforehand that
@@ -203,8 +361,7 @@ class Batcher:
         self._probes: list[asyncio.Future[None]] = []
         self._draining = False
         self._stopped = False
-        self._batch_s = 0.0  # running mean duration of a batch, for the retry-after
-        self._running_since: float | None = None
+        self._running: Running | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -218,34 +375,90 @@ class Batcher:
     @property
     def busy_s(self) -> float:
         """Engine time so far in seconds, the running batch included."""
-        since = self._running_since
-        return self.statistics.busy_s + (0.0 if since is None else self._clock() - since)
+        running = self._running
+        return self.statistics.busy_s + (self._clock() - running.since if running else 0.0)
 
     def offer(self, job: Job) -> None:
         """Queue a request; ``job.done`` is called exactly once unless it is cancelled.
 
         Raises:
-            Overloaded: the queue is full; says when it should have room.
+            Overloaded: the queue is full, or the answer would come after the deadline; says when
+                to try again.
             Unavailable: the batcher is draining.
         """
         job.arrived = self._clock()
         with self._lock:
             if self._draining:
                 raise Unavailable("this replica is draining, send the request again")
-            if not self._queue.offer(job):
+            if job.deadline is not None:
+                self._check_deadline(job, job.deadline)
+            if not self._queue.offer(job) and not (self._sweep() and self._queue.offer(job)):
                 raise Overloaded(
                     f"the queue holds {self._queue.rows} rows of at most "
                     f"{self._queue.max_queue_rows}, try again later",
-                    retry_after_s=self.predicted_wait_s(),
+                    retry_after_s=self._wait_s(),
                 )
             # Not at once: requests that the same poll of the sockets brought share the first
             # batch, and the two threads do not fight for the GIL over each of them.
             self._wake(self._loop.call_soon)
 
     def predicted_wait_s(self) -> float:
-        """How long a request that arrives now should wait, from the mean batch so far."""
-        batches = 1 + self._queue.rows / self._queue.max_batch_rows
-        return max(0.001, batches * self._batch_s)
+        """How long until all that runs and waits now is computed, in seconds."""
+        with self._lock:
+            return self._wait_s()
+
+    def _wait_s(self) -> float:
+        return max(0.001, self._predict_s(self._queue.ahead(self._clock())))
+
+    def _predict_s(self, waiting: dict[int, float]) -> float:
+        """Seconds for the rest of the running batch and for the waiting rows of each block."""
+        running = self._running
+        seconds = 0.0
+        if running is not None:
+            seconds = max(0.0, running.since + running.predicted_s - self._clock())
+        for block, rows in waiting.items():
+            batches = max(1.0, rows / self._queue.limit(block))
+            seconds += batches * self._costs[block].predict(rows / batches)
+        return seconds
+
+    def _check_deadline(self, job: Job, deadline: float) -> None:
+        """Refuse a request whose answer would come too late, as far as the model can tell.
+
+        Where no other request of the block waits or runs it is accepted whatever the model says: a
+        model that is wrong learns only from batches.
+
+        Raises:
+            Overloaded: says when a request like it would be in time.
+        """
+        block, running = job.block, self._running
+        cost = self._costs[block]
+        if not cost.warm:
+            return
+        ahead = self._queue.ahead(job.arrived, job)
+        before = ahead.pop(block, 0.0)
+        if not before and (running is None or running.block != block):
+            return
+        rows, limit = before + job.count, self._queue.limit(block)
+        # Where a batch goes before its own, its own will be full too by the time it starts.
+        own_s = ceil(rows / limit) * cost.predict(limit) if rows > limit else cost.predict(rows)
+        predicted_s = self._predict_s(ahead) + own_s
+        left_s = deadline - job.arrived
+        if predicted_s > left_s:
+            raise Overloaded(
+                f"the answer is predicted in {predicted_s:.3g} s, after the deadline in "
+                f"{left_s:.3g} s, try again later",
+                retry_after_s=max(0.001, predicted_s - left_s),
+            )
+
+    def _sweep(self) -> bool:
+        """Make room in the queue; whether that may have helped. Call with the lock held."""
+        before = self._queue.rows
+        late: list[tuple[Job, Computed | DataMixError]] = [
+            (job, _late()) for job in self._queue.sweep(self._clock())
+        ]
+        if late:
+            self._loop.call_soon(self._deliver, late)
+        return self._queue.rows < before
 
     async def probe(self, timeout_s: float) -> None:
         """Prove that the thread is alive and the engine computes: one row through the engine.
@@ -313,9 +526,8 @@ class Batcher:
             for probe in probes:
                 if not probe.done():  # else its caller gave up while the engine was busy
                     self._answer(probe)
-            late = DeadlineExceeded("the deadline passed before the computation began")
             if taken.expired:
-                self._post([(job, late) for job in taken.expired])
+                self._post([(job, _late()) for job in taken.expired])
             if taken.batch:
                 self._compute(taken.batch, taken.close_reason)
             if self._stopped:
@@ -323,9 +535,13 @@ class Batcher:
             del taken, probes  # an idle engine holds on to nobody's message
 
     def _compute(self, batch: list[Job], close_reason: str) -> None:
-        start = self._running_since = self._clock()
+        block = batch[0].block
+        rows = sum(job.count for job in batch)
+        cost = self._costs[block]
+        start = self._clock()
+        self._running = Running(start, block, cost.predict(rows))
         try:
-            outputs = self._engine.run(batch[0].block, [job.rows for job in batch])
+            outputs = self._engine.run(block, [job.rows for job in batch])
             if len(outputs) != len(batch):
                 raise ValueError(f"{len(outputs)} outputs for {len(batch)} requests")
         except Exception as error:
@@ -333,8 +549,10 @@ class Batcher:
             self._fail(batch, error)
             return
         compute_s = self._account(start)
-        rows = sum(job.count for job in batch)
-        self._batch_s += 0.1 * (compute_s - self._batch_s) if self._batch_s else compute_s
+        cost.observe(rows, compute_s)
+        if self._target_batch_s is not None and cost.warm:
+            most = self._queue.max_batch_rows
+            self._queue.limits[block] = cost.rows_within(self._target_batch_s, most)
         statistics = self.statistics
         statistics.batches += 1
         statistics.rows += rows
@@ -344,14 +562,14 @@ class Batcher:
             timing = Timing(start - job.arrived, compute_s, rows, close_reason)
             statistics.queue_s += timing.queue_s
             results.append((job, Computed(output, timing)))
-        oldest = Timing(start - batch[0].arrived, compute_s, rows, close_reason)
+        oldest = Timing(start - min(job.arrived for job in batch), compute_s, rows, close_reason)
         self._post(results, oldest)
 
     def _account(self, start: float) -> float:
         """Book the time since ``start`` as busy; return it in seconds."""
         elapsed = self._clock() - start
         self.statistics.busy_s += elapsed
-        self._running_since = None
+        self._running = None
         return elapsed
 
     def _fail(self, batch: list[Job], error: Exception) -> None:
@@ -397,3 +615,7 @@ class Batcher:
             self._loop.call_soon_threadsafe(settle)
         except RuntimeError:
             logger.debug("event loop closed before a probe was answered")
+
+
+def _late() -> DeadlineExceeded:
+    return DeadlineExceeded("the deadline passed before the computation began")

@@ -88,7 +88,7 @@ class Cloud:
     @property
     def queued(self) -> list[Job]:
         """The requests that wait for the engine."""
-        return list(self.backbone.batcher._queue._jobs)
+        return list(self.backbone.batcher._queue)
 
     async def until_queued(self, count: int) -> None:
         async with asyncio.timeout(PATIENCE_S):

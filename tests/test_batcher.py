@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -34,10 +34,12 @@ def make_job(
     block: int = 0,
     value: float = 0.0,
     deadline: float | None = None,
+    priority: int = 0,
+    arrived: float = 0.0,
     done: Callable[[Computed | DataMixError], None] = lambda outcome: None,
 ) -> Job:
-    features = np.full((rows, 1), value, np.float32)
-    return Job(block=block, rows=Rows(features, None), done=done, deadline=deadline)
+    rows_of_it = Rows(np.full((rows, 1), value, np.float32), None)
+    return Job(block, rows_of_it, done, deadline=deadline, priority=priority, arrived=arrived)
 
 
 def counts(jobs: Sequence[Job]) -> list[int]:
@@ -47,20 +49,32 @@ def counts(jobs: Sequence[Job]) -> list[int]:
 # --- the queue ----------------------------------------------------------------------------------
 
 
+MAX_AGE_S = 3
+
+
 class QueueMachine(RuleBasedStateMachine):
     """Any order of offers, takes, cancellations and passing time, beside a list that remembers."""
 
     @initialize(max_batch_rows=st.integers(1, 8), max_queue_rows=st.integers(1, 40))
     def build(self, max_batch_rows: int, max_queue_rows: int) -> None:
-        self.queue = Queue(max_batch_rows=max_batch_rows, max_queue_rows=max_queue_rows)
+        self.queue = Queue(
+            max_batch_rows=max_batch_rows, max_queue_rows=max_queue_rows, max_age_s=MAX_AGE_S
+        )
         self.now = 0.0
         self.waiting: list[Job] = []  # in order of arrival
         self.left: list[Job] = []
+        self.swept = False
 
-    @rule(data=st.data(), block=st.integers(0, 2), life=st.none() | st.integers(0, 4))
-    def offer(self, data: st.DataObject, block: int, life: int | None) -> None:
+    @rule(
+        data=st.data(),
+        block=st.integers(0, 2),
+        life=st.none() | st.integers(0, 2 * MAX_AGE_S),
+        priority=st.integers(0, 1),
+    )
+    def offer(self, data: st.DataObject, block: int, life: int | None, priority: int) -> None:
         rows = data.draw(st.integers(1, self.queue.max_batch_rows))
-        job = make_job(rows, block=block, deadline=None if life is None else self.now + life)
+        deadline = None if life is None else self.now + life
+        job = make_job(rows, block=block, deadline=deadline, priority=priority, arrived=self.now)
         fits = sum(counts(self.waiting)) + rows <= self.queue.max_queue_rows
         assert self.queue.offer(job) == fits
         if fits:
@@ -75,41 +89,81 @@ class QueueMachine(RuleBasedStateMachine):
     def wait(self, seconds: int) -> None:
         self.now += seconds
 
+    @rule(data=st.data(), block=st.integers(0, 2))
+    def set_limit(self, data: st.DataObject, block: int) -> None:
+        self.queue.limits[block] = data.draw(st.integers(1, self.queue.max_batch_rows))
+
+    @rule()
+    def sweep(self) -> None:
+        dead = [] if self.swept else [job for job in self.waiting if not self.is_live(job)]
+        late = self.queue.sweep(self.now)
+        assert set(map(id, late)) == {id(job) for job in dead if not job.cancelled}
+        assert len(set(map(id, late))) == len(late)
+        self.left += late
+        self.keep(job for job in self.waiting if job not in dead)
+        self.swept = True
+
     @rule()
     def take(self) -> None:
-        live = [job for job in self.waiting if not job.cancelled and not self.is_late(job)]
+        live = [job for job in self.waiting if self.is_live(job)]
         taken = self.queue.take(self.now)
+        self.swept = False
         self.check_batch(taken, live)
         for job in taken.expired:
             assert self.is_late(job)
             assert not job.cancelled
-        remaining = list(self.queue._jobs)
-        # What left was computed, too late or cancelled, and what stayed kept its order.
+        # What left was computed, too late or cancelled.
+        remaining = list(self.queue)
         gone = [job for job in self.waiting if job not in remaining]
-        assert remaining == [job for job in self.waiting if job in remaining]
         answered = taken.batch + taken.expired
         assert len(set(map(id, answered))) == len(answered)
         assert set(map(id, answered)) == {id(job) for job in gone if not job.cancelled}
         self.left += answered
-        self.waiting = remaining
+        self.keep(job for job in self.waiting if job in remaining)
+        self.check_age(taken, [job for job in live if job in remaining])
 
     def check_batch(self, taken: Taken, live: list[Job]) -> None:
         if not live:
             assert taken.batch == []
+            assert len(self.queue) == 0  # nothing dead holds room where nothing lives
             return
-        assert taken.batch[0] is live[0]  # nobody is overtaken for ever
-        same = [job for job in live if job.block == live[0].block]
-        assert taken.batch == same[: len(taken.batch)]  # one block, first come, first served
+        first = taken.batch[0]
+        assert self.urgency(first) == min(map(self.urgency, live))
+        # One block, the most urgent first, in order of arrival where all else is equal.
+        same = [job for job in live if job.block == first.block]
+        same.sort(key=lambda job: (self.urgency(job), job.priority))
+        assert taken.batch == same[: len(taken.batch)]
+        limit = self.queue.limits.get(first.block, self.queue.max_batch_rows)
         rows = sum(counts(taken.batch))
+        assert rows <= limit or len(taken.batch) == 1
         assert rows <= self.queue.max_batch_rows
         follower = same[len(taken.batch) : len(taken.batch) + 1]
-        full = rows + sum(counts(follower)) > self.queue.max_batch_rows
+        full = rows + sum(counts(follower)) > limit
         assert full or not follower  # as large as it may be
-        expected = "full" if full or rows == self.queue.max_batch_rows else "engine_free"
-        assert taken.close_reason == expected
+        limited = "full" if limit == self.queue.max_batch_rows else "deadline"
+        assert taken.close_reason == (limited if full or rows == limit else "engine_free")
+
+    def check_age(self, taken: Taken, behind: list[Job]) -> None:
+        """What came once another was due, however low that one's priority, may not go before it."""
+        for old in behind:
+            if self.now - old.arrived >= MAX_AGE_S:
+                rivals = [job for job in taken.batch if job.block == old.block] + taken.batch[:1]
+                assert all(job.arrived <= old.arrived + MAX_AGE_S for job in rivals)
+
+    def urgency(self, job: Job) -> tuple[bool, float]:
+        due = job.arrived + MAX_AGE_S
+        due = due if job.deadline is None else min(due, job.deadline)
+        return job.priority == 1 and due > self.now, due
 
     def is_late(self, job: Job) -> bool:
         return job.deadline is not None and job.deadline <= self.now
+
+    def is_live(self, job: Job) -> bool:
+        return not job.cancelled and not self.is_late(job)
+
+    def keep(self, jobs: Iterable[Job]) -> None:
+        self.waiting = list(jobs)
+        assert set(map(id, self.queue)) == set(map(id, self.waiting))
 
     @invariant()
     def rows_are_counted(self) -> None:
@@ -128,7 +182,7 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 TestQueue = QueueMachine.TestCase
-TestQueue.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestQueue.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 
 
 def test_an_empty_queue_gives_an_empty_batch() -> None:
