@@ -38,6 +38,11 @@ _DTYPES: dict[str, np.dtype[Any]] = {"FP16": np.dtype("<f2"), "FP32": np.dtype("
 _DATATYPES = {"float16": "FP16", "float32": "FP32"}
 _PARAMETERS = frozenset({"block", "priority", "timeout", "binary_data_output"})
 _LENGTH = re.compile(r"[0-9]{1,12}\Z")
+# JSON holds up the event loop: some 20 ms per MB read, and 20 ms for so many values written. Lists
+# and objects cost most, as Python's garbage collector visits them.
+_MAX_JSON_BYTES = 1 << 20
+_MAX_JSON_PARTS = 1 << 14
+_MAX_JSON_VALUES = 1 << 15
 _MAX_ID = 256  # characters
 _MAX_AXES = 16
 _MAX_NUMBER = 10**12
@@ -76,7 +81,7 @@ def decode_request(body: bytes, header_length: str, *, max_rows: int) -> Request
 
     Raises:
         WireError: not one complete request with one input as this replica takes it.
-        TooLarge: more than ``max_rows``.
+        TooLarge: more than ``max_rows``, or more JSON than 1 MiB or 16,384 lists and objects.
         NonFinite: a value is NaN or Inf.
     """
     text, tail = _split(body, header_length)
@@ -115,6 +120,15 @@ def _split(body: bytes, header_length: str) -> tuple[bytes, memoryview]:
 
 
 def _parse(text: bytes) -> dict[str, Any]:
+    if len(text) > _MAX_JSON_BYTES:
+        raise TooLarge(
+            f"JSON has {len(text)} bytes, expected at most {_MAX_JSON_BYTES}; larger tensors can "
+            "travel as binary data"
+        )
+    if text.count(b"[") + text.count(b"{") > _MAX_JSON_PARTS:
+        raise TooLarge(
+            f"JSON has more than {_MAX_JSON_PARTS} lists and objects; data may be one flat list"
+        )
     try:
         message = json.loads(str(text, "utf-8"), object_pairs_hook=_unique)
     except RecursionError:
@@ -294,13 +308,21 @@ def encode_response(request: Request, computed: Computed, *, model: str, version
 
     Raises:
         NonFinite: the output holds NaN or Inf, as float16 perhaps only.
+        TooLarge: JSON was asked for, and there are too many values for it.
     """
+    if not request.binary and computed.output.size > _MAX_JSON_VALUES:
+        raise TooLarge(
+            f"the output has {computed.output.size} values, expected at most {_MAX_JSON_VALUES} "
+            "for JSON; more can travel as binary data"
+        )
     dtype = request.wire.dtype if request.binary else "float32"
     # Numbers of the engine's float16 output are the same in float32.
     try:
         output, _ = wire.quantise(computed.output, dtype)
     except NonFinite:
-        raise NonFinite(f"the output of block {request.wire.block} holds NaN or Inf") from None
+        raise NonFinite(
+            f"the output of block {request.wire.block} is not finite as {dtype}"
+        ) from None
     timing = computed.timing
     tensor: dict[str, Any] = {
         "name": TENSOR,
