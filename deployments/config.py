@@ -23,6 +23,9 @@ class Config(BaseModel):
         threads: CPU threads of one forward; None leaves torch's own choice.
         max_batch_rows: rows in a batch at most.
         max_queue_rows: rows waiting at most; beyond it requests are shed with 429.
+        target_batch_s: seconds a batch should take at most: once the batcher has learned what rows
+            cost, batches get no more than that allows, but always one request. Leave room for many
+            rows, or much of the time goes into the fixed cost of each batch. None: no target.
         max_request_bytes: bytes of a message at most, as received and inflated.
         max_request_rows: rows of a message at most.
         max_stream_requests: requests of one stream in flight at most; then reading stops.
@@ -40,6 +43,7 @@ class Config(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     max_batch_rows: int = Field(default=256, ge=1)
     max_queue_rows: int = Field(default=8192, ge=1)
+    target_batch_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_request_bytes: int = Field(default=8 << 20, ge=1024, le=16 << 20)
     max_request_rows: int = Field(default=128, ge=1)
     max_stream_requests: int = Field(default=128, ge=1)

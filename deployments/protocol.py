@@ -347,6 +347,7 @@ class Protocol:
             rows=Rows(request.features, request.scale),
             done=done,
             deadline=None if deadline_s is None else backbone.clock() + deadline_s,
+            priority=request.priority,
         )
         backbone.batcher.offer(job)
         return job

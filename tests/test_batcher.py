@@ -211,6 +211,77 @@ def test_other_blocks_keep_their_places() -> None:
     assert batches == [[1, 1], [0, 0], [2]]
 
 
+def drained(queue: Queue, now: float) -> list[list[float]]:
+    """The batches that are left, by the values of their requests."""
+    batches = []
+    while len(queue):
+        batches.append([float(job.rows.features[0, 0]) for job in queue.take(now).batch])
+    return batches
+
+
+def test_the_earliest_deadline_goes_first_and_none_counts_as_the_age_bound() -> None:
+    queue = Queue(max_batch_rows=1, max_queue_rows=100, max_age_s=2.0)
+    deadlines = {1: None, 2: 1.5, 3: 1.0, 4: 60.0, 5: 1.5, 6: None, 7: 0.5}
+    for value, deadline in deadlines.items():
+        queue.offer(make_job(value=value, deadline=deadline))
+    assert drained(queue, 0.0) == [[7], [3], [2], [5], [1], [4], [6]]
+
+
+def test_low_priority_goes_last_until_it_is_due() -> None:
+    def filled() -> Queue:
+        queue = Queue(max_batch_rows=2, max_queue_rows=100, max_age_s=2.0)
+        queue.offer(make_job(value=1, priority=1))
+        queue.offer(make_job(value=2, priority=1, deadline=0.9, arrived=0.1))
+        for value in (3, 4, 5):
+            queue.offer(make_job(value=value, arrived=0.2))
+        return queue
+
+    assert drained(filled(), 0.5) == [[3, 4], [5, 2], [1]]
+    assert drained(filled(), 2.0) == [[1, 3], [4, 5]]  # and 2 has expired
+
+
+def test_low_priority_is_served_beside_an_endless_stream_of_normal_requests() -> None:
+    queue = Queue(max_batch_rows=1, max_queue_rows=100, max_age_s=2.0)
+    queue.offer(make_job(value=1, priority=1))
+    queue.offer(make_job(arrived=0.0))
+    for tick in range(1, 30):
+        now = tick / 10
+        queue.offer(make_job(arrived=now))
+        (job,) = queue.take(now).batch
+        if job.priority:
+            break
+    assert now == 2.0
+
+
+def test_a_limit_below_the_bound_closes_a_batch_as_deadline() -> None:
+    queue = Queue(max_batch_rows=8, max_queue_rows=100)
+    queue.limits[0] = 3
+    for size in (2, 2, 1, 5, 1):
+        queue.offer(make_job(size))
+    batches = []
+    while len(queue):
+        taken = queue.take(0.0)
+        batches.append((counts(taken.batch), taken.close_reason))
+    assert batches == [
+        ([2], "deadline"),
+        ([2, 1], "deadline"),
+        ([5], "deadline"),  # never split, so it goes alone
+        ([1], "engine_free"),
+    ]
+
+
+def test_what_goes_before_a_request() -> None:
+    queue = Queue(max_batch_rows=8, max_queue_rows=100, max_age_s=2.0)
+    for block, deadline, priority in ((0, 1.0, 0), (0, 1.5, 0), (1, None, 0), (1, None, 1)):
+        job = make_job(3, block=block, deadline=deadline, priority=priority)
+        assert queue.offer(job)
+    assert queue.ahead(0.5) == {0: 6, 1: 6}
+    assert queue.ahead(0.5, make_job(arrived=0.5)) == {0: 6, 1: 3}
+    assert queue.ahead(0.5, make_job(arrived=0.5, deadline=1.2)) == {0: 3}
+    assert queue.ahead(0.5, make_job(arrived=0.5, priority=1)) == {0: 6, 1: 6}
+    assert queue.ahead(2.5, make_job(arrived=2.5)) == {0: 6, 1: 6}  # the low one is overdue
+
+
 # --- the batcher --------------------------------------------------------------------------------
 
 
@@ -265,6 +336,7 @@ async def batching(
     *,
     max_batch_rows: int = 8,
     max_queue_rows: int = 100,
+    target_batch_s: float | None = None,
     clock: Callable[[], float] | None = None,
     on_batch: Callable[[Timing], None] = lambda timing: None,
 ) -> AsyncIterator[Batcher]:
@@ -273,6 +345,7 @@ async def batching(
         asyncio.get_running_loop(),
         max_batch_rows=max_batch_rows,
         max_queue_rows=max_queue_rows,
+        target_batch_s=target_batch_s,
         on_batch=on_batch,
         clock=clock or Clock(),
     )
@@ -293,9 +366,11 @@ def submit(
     *,
     block: int = 0,
     deadline: float | None = None,
+    priority: int = 0,
 ) -> Answer:
     """Offer a request; its answer, which fails if it is given twice."""
-    return submit_job(batcher, value, rows, block=block, deadline=deadline)[1]
+    job = submit_job(batcher, value, rows, block=block, deadline=deadline, priority=priority)
+    return job[1]
 
 
 def submit_job(
@@ -305,6 +380,7 @@ def submit_job(
     *,
     block: int = 0,
     deadline: float | None = None,
+    priority: int = 0,
 ) -> tuple[Job, Answer]:
     answer: Answer = asyncio.get_running_loop().create_future()
 
@@ -314,7 +390,7 @@ def submit_job(
         else:
             answer.set_result(outcome)
 
-    job = make_job(rows, block=block, value=value, deadline=deadline, done=done)
+    job = make_job(rows, block=block, value=value, deadline=deadline, priority=priority, done=done)
     batcher.offer(job)
     return job, answer
 
@@ -519,6 +595,182 @@ def test_a_cancelled_request_is_neither_computed_nor_answered() -> None:
             assert engine.calls == [(0, [1]), (0, [1])]
             assert not running_answer.done()
             assert not waiting_answer.done()
+
+    asyncio.run(go())
+
+
+def test_urgent_requests_go_first() -> None:
+    async def go() -> None:
+        clock = Clock()
+        engine = FakeEngine(closed=True)
+        batches: list[Timing] = []
+        async with batching(
+            engine, max_batch_rows=3, clock=clock, on_batch=batches.append
+        ) as batcher:
+            running = submit(batcher)
+            await engine.await_entry()
+            answers = [
+                submit(batcher, rows=1, priority=1),
+                submit(batcher, rows=2),
+                submit(batcher, rows=3, deadline=clock.now + 1.5),
+            ]
+            clock.now += 0.5
+            answers.append(submit(batcher, rows=1, deadline=clock.now + 1.2))
+            engine.open()
+            await computed(running, *answers)
+            assert [rows for _, rows in engine.calls] == [[1], [3], [1, 2], [1]]
+            await turn()
+            assert batches[2].queue_s == 0.5  # of the oldest, which is not the most urgent
+
+    asyncio.run(go())
+
+
+# --- the cost model -----------------------------------------------------------------------------
+
+
+def costly(clock: Clock, a_s: float, b_s: float) -> FakeEngine:
+    """An engine whose batches take ``a_s + b_s * rows`` seconds of the test's clock."""
+
+    def compute() -> None:
+        clock.now += a_s + b_s * sum(engine.calls[-1][1])
+
+    engine = FakeEngine(during=compute)
+    return engine
+
+
+async def teach(batcher: Batcher, batches: int = 8, block: int = 0) -> None:
+    """Run batches of 1, 2, 3, ... rows."""
+    for rows in range(1, batches + 1):
+        await computed(submit(batcher, rows=rows, block=block))
+
+
+def test_a_request_that_cannot_be_in_time_is_refused_at_once() -> None:
+    async def go() -> None:
+        clock = Clock()
+        engine = costly(clock, 1.0, 0.1)
+        async with batching(engine, max_batch_rows=8, clock=clock) as batcher:
+            await teach(batcher)
+            engine.closed = True
+            running = submit(batcher, rows=4)  # 1.4 s
+            await engine.await_entry()
+            clock.now += 0.4
+            waiting = submit(batcher, rows=3)  # with one more row 1.4 s after the running one
+            with pytest.raises(
+                Overloaded, match="predicted in 2.4 s, after the deadline in 2 s"
+            ) as late:
+                submit(batcher, deadline=clock.now + 2.0)
+            wait_s = late.value.retry_after_s
+            assert wait_s is not None
+            assert wait_s == pytest.approx(0.4, rel=0.1)
+            # What it says is true: when that time has passed, the same request is accepted.
+            clock.now += wait_s
+            accepted = submit(batcher, deadline=clock.now + 2.0)
+            assert batcher.queue_rows == 4
+            clock.now = 110.0
+            engine.open()
+            await settled(running, waiting, accepted)
+
+    asyncio.run(go())
+
+
+def test_an_urgent_request_is_measured_by_what_goes_before_it_only() -> None:
+    async def go() -> None:
+        clock = Clock()
+        engine = costly(clock, 0.1, 0.01)
+        async with batching(engine, max_batch_rows=8, clock=clock) as batcher:
+            await teach(batcher)
+            engine.closed = True
+            answers = [submit(batcher, rows=8)]
+            await engine.await_entry()
+            answers += [submit(batcher, rows=8) for _ in range(5)]
+            assert batcher.predicted_wait_s() == pytest.approx(6 * 0.18, rel=0.1)
+            answers.append(submit(batcher, deadline=clock.now + 0.5))
+            with pytest.raises(Overloaded):
+                submit(batcher, deadline=clock.now + 0.5, priority=1)
+            with pytest.raises(Overloaded):
+                submit(batcher, deadline=clock.now + 0.2)
+            engine.open()
+            await computed(*answers)
+            assert [rows for _, rows in engine.calls[8:]] == [[8], [1], *5 * [[8]]]
+
+    asyncio.run(go())
+
+
+def test_a_cold_model_refuses_nobody() -> None:
+    async def go() -> None:
+        clock = Clock()
+        engine = costly(clock, 1.0, 0.1)
+        async with batching(engine, clock=clock) as batcher:
+            await teach(batcher, 7)
+            engine.closed = True
+            running = submit(batcher)
+            await engine.await_entry()
+            hopeless = submit(batcher, deadline=clock.now + 0.001)
+            other = submit(batcher, block=1, deadline=clock.now + 0.001)  # nothing known of block 1
+            engine.open()
+            outcomes = await settled(running, hopeless, other)
+            assert [type(outcome) for outcome in outcomes] == [
+                Computed,
+                DeadlineExceeded,
+                DeadlineExceeded,
+            ]
+
+    asyncio.run(go())
+
+
+def test_an_idle_engine_takes_what_the_model_thinks_hopeless() -> None:
+    """Or a model that is wrong would refuse all, and never see the batch that corrects it."""
+
+    async def go() -> None:
+        clock = Clock()
+        engine = costly(clock, 1.0, 0.1)
+        async with batching(engine, clock=clock) as batcher:
+            await teach(batcher)
+            await computed(submit(batcher, deadline=clock.now + 0.001))
+
+    asyncio.run(go())
+
+
+def test_batches_keep_to_the_target() -> None:
+    async def go() -> None:
+        clock = Clock()
+        engine = costly(clock, 0.1, 0.01)
+        async with batching(
+            engine, max_batch_rows=16, clock=clock, target_batch_s=0.145
+        ) as batcher:
+            await teach(batcher)
+            engine.closed = True
+            first = submit(batcher)
+            await engine.await_entry()
+            answers = [submit(batcher, rows=2) for _ in range(5)] + [submit(batcher, rows=9)]
+            engine.open()
+            timings = [answer.timing for answer in await computed(first, *answers)]
+            assert [rows for _, rows in engine.calls[9:]] == [[2, 2], [2, 2], [2], [9]]
+            assert [timing.close_reason for timing in timings] == ["engine_free"] + 6 * ["deadline"]
+            assert batcher.statistics.close_reasons["deadline"] == 4
+
+    asyncio.run(go())
+
+
+def test_dead_requests_make_room_in_a_full_queue() -> None:
+    async def go() -> None:
+        clock = Clock()
+        engine = FakeEngine(closed=True)
+        async with batching(engine, max_queue_rows=4, clock=clock) as batcher:
+            running = submit(batcher)
+            await engine.await_entry()
+            alive = submit(batcher)
+            late = submit(batcher, deadline=clock.now + 1)
+            cancelled, unanswered = submit_job(batcher, rows=2)
+            clock.now += 1.5
+            cancelled.cancelled = True
+            new = submit(batcher, rows=2)
+            # It is answered while the engine is still busy with the first.
+            assert isinstance((await settled(late))[0], DeadlineExceeded)
+            assert batcher.queue_rows == 3
+            engine.open()
+            await computed(running, alive, new)
+            assert not unanswered.done()
 
     asyncio.run(go())
 

@@ -690,6 +690,22 @@ def test_a_full_queue() -> None:
     run(test)
 
 
+def test_low_priority_waits_for_normal() -> None:
+    async def test(cloud: Cloud) -> None:
+        async with cloud.stream() as stream:
+            cloud.gate.close()
+            await stream.send(message_of(0))
+            await cloud.gate.batch()
+            await stream.send(message_of(1, priority=1))
+            await stream.send(message_of(2))
+            await cloud.until_queued(2)
+            cloud.gate.open()
+            for seed in (0, 2, 1):
+                assert_echoes(await answer(stream), seed)
+
+    run(test)
+
+
 def test_an_engine_fault_hits_only_the_request_that_caused_it(log: list[str]) -> None:
     async def test(cloud: Cloud) -> None:
         cloud.gate.fails_on = 13.0
