@@ -28,6 +28,7 @@ from deployments.batcher import Computed, Timing
 from deployments.config import Config
 from deployments.engine import Block
 from tests.real_cloud import PATIENCE_S, SHAPE, Cloud, HttpPeer, Reply, http, rows_of, serving
+from tests.served import Served
 
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "bundles" / "fashion-mnist-mix"
@@ -200,6 +201,27 @@ def test_tritonclient_reads_our_errors() -> None:
             assert result.as_numpy("features").tobytes() == rows_of(0).tobytes()
 
     run_client(test)
+
+
+@pytest.mark.cluster
+def test_tritonclient_through_the_front_door(cluster: Served) -> None:
+    """HAProxy and Serve hand the headers on, both ways."""
+    manifest, modules = load_backbone(BUNDLE)
+    rows = rows_of(0, 5, manifest.blocks[1].input_shape).astype(np.float32)
+    with torch.inference_mode():
+        expected = modules[1](torch.from_numpy(rows)).numpy()
+    with Client(cluster.url.removeprefix("http://")) as client:
+        assert client.is_server_live() and client.is_server_ready()
+        assert client.is_model_ready(manifest.name, manifest.version)
+        assert client.get_model_repository_index()[0]["name"] == manifest.name
+        for binary in (True, False):
+            outputs = [triton.InferRequestedOutput("features", binary_data=binary)]
+            tensor = tensor_of(rows[: 5 if binary else 1], binary=binary)
+            result = client.infer(manifest.name, [tensor], outputs=outputs, parameters={"block": 1})
+            output = result.as_numpy("features")
+            np.testing.assert_allclose(output, expected[: len(output)], rtol=1e-4, atol=1e-4)
+        with pytest.raises(InferenceServerException, match="^.404. model is 'other'"):
+            client.infer("other", [tensor])
 
 
 # --- the page -----------------------------------------------------------------------------------
