@@ -137,8 +137,9 @@ def test_a_malformed_message_beside_good_ones(
     )
     with pytest.raises(urllib.error.HTTPError) as raised:
         urllib.request.urlopen(request, timeout=10)
-    assert raised.value.code == WireError.status
-    assert list(json.load(raised.value)) == ["error"]
+    with raised.value as answer:
+        assert answer.code == WireError.status
+        assert list(json.load(answer)) == ["error"]
 
 
 async def _quietly(work: Any) -> None:
@@ -208,7 +209,8 @@ def test_infer_prints_a_class_per_file(
 def test_an_unknown_model_is_404(cluster: Served) -> None:
     with pytest.raises(urllib.error.HTTPError) as raised:
         get(f"{cluster.url}/v2/models/nobody")
-    assert raised.value.code == 404
+    with raised.value as answer:  # an error of urllib's holds on to its connection
+        assert answer.code == 404
 
 
 def test_ctrl_c_leaves_no_process() -> None:
