@@ -280,10 +280,8 @@ def _read_data(data: Any, shape: tuple[int, ...]) -> Array:
         raise WireError("the input has neither a list as data nor a binary_data_size")
     values = data
     if len(shape) > 1 and data and type(data[0]) is list:
-        agrees = len(data) == shape[0]
         for size in shape[1:]:
-            agrees = agrees and all(type(part) is list and len(part) == size for part in values)
-            if not agrees:
+            if not all(type(part) is list and len(part) == size for part in values):
                 raise WireError("data is nested otherwise than shape says")
             values = list(chain.from_iterable(values))
     if len(values) != count:

@@ -34,7 +34,11 @@ ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "bundles" / "fashion-mnist-mix"
 PAGE = (ROOT / "docs" / "oip.md").read_text()
 ECHO = Config(
-    engine="null", echo_shape=SHAPE, max_request_bytes=2 << 20, max_request_rows=8, max_batch_rows=8
+    engine="null",
+    echo_shape=SHAPE,
+    max_request_bytes=2 << 20,
+    max_request_rows=8,
+    max_batch_rows=16,
 )
 TORCH = Config(bundle=str(BUNDLE), threads=1, max_batch_rows=16, max_request_rows=8)
 PATH = "/v2/models/echo/infer"
@@ -426,6 +430,9 @@ FAULTS = {
         400,
         "data holds something",
     ),
+    "a row missing": Fault(
+        with_input({"data": ROWS[:1].tolist()}), 400, "data has 18 values, expected 36"
+    ),
     "data and a binary size": Fault(
         with_input({"parameters": {"binary_data_size": 144}}), 400, "the input has both"
     ),
@@ -605,6 +612,25 @@ def test_a_request_too_late_is_not_computed() -> None:
             assert (await ahead).status == 200
             assert (await late).status == 408
             assert len(cloud.gate.batches) == 1
+
+    run(test)
+
+
+def test_what_the_parameters_ask_for_reaches_the_batcher() -> None:
+    async def test(cloud: Cloud) -> None:
+        async with http(cloud) as first, http(cloud) as second:
+            cloud.gate.close()
+            ahead = asyncio.create_task(post(first, *GOOD_JSON))
+            await cloud.gate.batch()
+            asked = with_top(parameters={"priority": 2, "timeout": 60_000_000})
+            low = asyncio.create_task(post(second, *asked))
+            await cloud.until_queued(1)
+            (job,) = cloud.queued
+            assert job.priority == 1
+            assert job.deadline is not None
+            assert 0 < job.deadline - cloud.backbone.clock() <= 60
+            cloud.gate.open()
+            assert [(await reply).status for reply in (ahead, low)] == [200, 200]
 
     run(test)
 
