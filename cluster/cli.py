@@ -60,7 +60,7 @@ def demo(
         str | None, typer.Option(help="Folder or URI of the bundle; else the shipped one.")
     ] = None,
     devices: Annotated[int, typer.Option(help="Devices, each with a stream of its own.")] = 2000,
-    rate: Annotated[float, typer.Option(help="Inferences (groups) per second, all devices.")] = 60,
+    rate: Annotated[float, typer.Option(help="Inferences (groups) per second, all devices.")] = 150,
     duration: Annotated[float, typer.Option(help="Seconds in which inferences fall due.")] = 20,
     seed: Annotated[int, typer.Option(help="Same seed, same schedule.")] = 0,
     processes: Annotated[int, typer.Option(help="Processes that hold the devices.")] = 1,

@@ -48,7 +48,7 @@ class DemoConfig:
 
     bundle: str | None = None
     devices: int = 2000
-    rate: float = 60.0
+    rate: float = 150.0
     duration_s: float = 20.0
     seed: int = 0
     processes: int = 1
@@ -116,11 +116,12 @@ def demo(config: DemoConfig) -> int:
 
 
 def flops_share(manifest: Manifest) -> float:
-    """Share of an inference's FLOPs that the device computes, the blocks counted as they run."""
+    """Share of an inference's FLOPs that the device computes, mixing and de-mixing included."""
     from datamix.models import Architecture, build, count_flops
 
     spec = manifest.architecture
-    return count_flops(build(Architecture(spec.name, spec.options))).edge_share
+    model = build(Architecture(spec.name, spec.options))
+    return count_flops(model, group_size=manifest.group_size).edge_share
 
 
 def figures(summary: Summary, edge_flops_share: float) -> list[tuple[str, str]]:
