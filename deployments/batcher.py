@@ -122,6 +122,7 @@ class Queue:
     Attributes:
         rows: rows waiting.
         limits: blocks whose batches shall have fewer rows than ``max_batch_rows``, and how many.
+        full_s: how long a full batch of a block should take, in seconds, where that is known.
     """
 
     def __init__(self, *, max_batch_rows: int, max_queue_rows: int, max_age_s: float = 2.0) -> None:
@@ -134,8 +135,10 @@ class Queue:
         self.max_age_s = max_age_s
         self.rows = 0
         self.limits: dict[int, int] = {}
+        self.full_s: dict[int, float] = {}
         self._normal: defaultdict[int, list[Job]] = defaultdict(list)  # by block
         self._low: defaultdict[int, list[Job]] = defaultdict(list)
+        self._promised: Counter[int] = Counter()  # rows due at their deadline, by block
         self._swept = False
 
     def __len__(self) -> int:
@@ -157,6 +160,8 @@ class Queue:
             insort(lane, job, key=_DUE)
         else:
             lane.append(job)
+        if due == job.deadline:
+            self._promised[job.block] += count
         self.rows += count
         return True
 
@@ -166,16 +171,23 @@ class Queue:
         Requests of other blocks keep their places. A request that does not fit ends the batch, so
         that a large one is not overtaken for ever by smaller ones. One larger than its block's
         limit makes a batch of its own.
+
+        Where more waits than one batch holds, what would be late by the end of a full batch counts
+        as expired. Otherwise an overloaded engine would spend its time on the requests that are
+        just about lost, and so lose the next ones as well.
         """
         taken = Taken()
         self._swept = False
+        crowd = self.rows
         block = self._turn(now, taken.expired)
         if block is None:
             return taken
         limit = self.limit(block)
+        if crowd > limit:
+            now += self.full_s.get(block, 0.0)
         normal, low = self._normal.get(block, []), self._low.get(block, [])
         n = k = 0  # how far each lane is gone through
-        rows = gone = 0
+        rows = gone = promised = 0
         while rows < limit:
             if n < len(normal) and not (
                 k < len(low) and _urgency(low[k], now) < _urgency(normal[n], now)
@@ -189,6 +201,8 @@ class Queue:
                 break
             count = job.count
             gone += count
+            if job.due == job.deadline:
+                promised += count
             if job.cancelled:
                 continue
             if job.deadline is not None and job.deadline <= now:
@@ -198,6 +212,7 @@ class Queue:
             if rows > limit and taken.batch:
                 # It stays, and the batch is as full as it can be.
                 gone -= count
+                promised -= count if job.due == job.deadline else 0
                 n, k = (n, k - 1) if job.priority else (n - 1, k)
                 break
             taken.batch.append(job)
@@ -205,6 +220,7 @@ class Queue:
             taken.close_reason = "full" if limit >= self.max_batch_rows else "deadline"
         del normal[:n], low[:k]
         self.rows -= gone
+        self._promised[block] -= promised
         return taken
 
     def limit(self, block: int) -> int:
@@ -231,9 +247,11 @@ class Queue:
         return expired
 
     def ahead(self, now: float, job: Job | None = None) -> dict[int, float]:
-        """Rows that wait, by block; with ``job``, only those that would go before it.
+        """Rows that wait, by block; with ``job``, only those that it has to respect.
 
-        An estimate: it counts requests, and gives each the mean number of rows.
+        These are the rows that go before it and, as those were accepted on the word that they will
+        be in time, all that are due at their deadline: an urgent request may overtake them only
+        where all can be in time. An estimate: requests are given the mean number of rows.
         """
         normal = low = inf  # what is due until then goes first
         if job is not None:
@@ -244,7 +262,11 @@ class Queue:
             for block, lane in lanes.items():
                 counts[block] += bisect_right(lane, until, key=_DUE)
         mean = self.rows / max(1, len(self))
-        return {block: count * mean for block, count in counts.items() if count}
+        return {
+            block: max(count * mean, self._promised[block])
+            for block, count in counts.items()
+            if count or self._promised[block]
+        }
 
     def _due(self, job: Job) -> float:
         aged = job.arrived + self.max_age_s
@@ -271,6 +293,8 @@ class Queue:
     def _drop(self, job: Job, expired: list[Job]) -> None:
         """Count a dead job out; one that is late is still to be answered."""
         self.rows -= job.count
+        if job.due == job.deadline:
+            self._promised[job.block] -= job.count
         if not job.cancelled:
             expired.append(job)
 
@@ -453,8 +477,9 @@ class Batcher:
     def _sweep(self) -> bool:
         """Make room in the queue; whether that may have helped. Call with the lock held."""
         before = self._queue.rows
+        now = self._clock()
         late: list[tuple[Job, Computed | DataMixError]] = [
-            (job, _late()) for job in self._queue.sweep(self._clock())
+            (job, _late(job, now)) for job in self._queue.sweep(now)
         ]
         if late:
             self._loop.call_soon(self._deliver, late)
@@ -527,7 +552,8 @@ class Batcher:
                 if not probe.done():  # else its caller gave up while the engine was busy
                     self._answer(probe)
             if taken.expired:
-                self._post([(job, _late()) for job in taken.expired])
+                now = self._clock()
+                self._post([(job, _late(job, now)) for job in taken.expired])
             if taken.batch:
                 self._compute(taken.batch, taken.close_reason)
             if self._stopped:
@@ -550,9 +576,11 @@ class Batcher:
             return
         compute_s = self._account(start)
         cost.observe(rows, compute_s)
-        if self._target_batch_s is not None and cost.warm:
-            most = self._queue.max_batch_rows
-            self._queue.limits[block] = cost.rows_within(self._target_batch_s, most)
+        if cost.warm:
+            queue = self._queue
+            if self._target_batch_s is not None:
+                queue.limits[block] = cost.rows_within(self._target_batch_s, queue.max_batch_rows)
+            queue.full_s[block] = cost.predict(queue.limit(block))
         statistics = self.statistics
         statistics.batches += 1
         statistics.rows += rows
@@ -617,5 +645,7 @@ class Batcher:
             logger.debug("event loop closed before a probe was answered")
 
 
-def _late() -> DeadlineExceeded:
+def _late(job: Job, now: float) -> DeadlineExceeded:
+    if job.deadline is not None and job.deadline > now:
+        return DeadlineExceeded("the computation would end after the deadline")
     return DeadlineExceeded("the deadline passed before the computation began")

@@ -93,6 +93,10 @@ class QueueMachine(RuleBasedStateMachine):
     def set_limit(self, data: st.DataObject, block: int) -> None:
         self.queue.limits[block] = data.draw(st.integers(1, self.queue.max_batch_rows))
 
+    @rule(block=st.integers(0, 2), seconds=st.integers(0, 2))
+    def set_full_s(self, block: int, seconds: int) -> None:
+        self.queue.full_s[block] = seconds
+
     @rule()
     def sweep(self) -> None:
         dead = [] if self.swept else [job for job in self.waiting if not self.is_live(job)]
@@ -106,12 +110,16 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def take(self) -> None:
         live = [job for job in self.waiting if self.is_live(job)]
+        crowd = self.queue.rows
         taken = self.queue.take(self.now)
         self.swept = False
-        self.check_batch(taken, live)
         for job in taken.expired:
-            assert self.is_late(job)
             assert not job.cancelled
+            if not self.is_late(job):  # given up: it would be late by the end of a full batch
+                assert job.deadline is not None
+                assert job.deadline <= self.now + self.queue.full_s[job.block]
+                assert crowd > self.limit(job.block)
+        self.check_batch(taken, live, crowd)
         # What left was computed, too late or cancelled.
         remaining = list(self.queue)
         gone = [job for job in self.waiting if job not in remaining]
@@ -122,18 +130,27 @@ class QueueMachine(RuleBasedStateMachine):
         self.keep(job for job in self.waiting if job in remaining)
         self.check_age(taken, [job for job in live if job in remaining])
 
-    def check_batch(self, taken: Taken, live: list[Job]) -> None:
+    def check_batch(self, taken: Taken, live: list[Job], crowd: int) -> None:
         if not live:
             assert taken.batch == []
             assert len(self.queue) == 0  # nothing dead holds room where nothing lives
             return
-        first = taken.batch[0]
-        assert self.urgency(first) == min(map(self.urgency, live))
-        # One block, the most urgent first, in order of arrival where all else is equal.
-        same = [job for job in live if job.block == first.block]
-        same.sort(key=lambda job: (self.urgency(job), job.priority))
+        # The most urgent live request is in the batch, or was given up.
+        best = min(map(self.urgency, live))
+        given_up = [job for job in taken.expired if not self.is_late(job)]
+        assert best in map(self.urgency, taken.batch + given_up)
+        (block,) = {job.block for job in taken.batch + given_up}
+        limit = self.limit(block)
+        # One block, the most urgent first, in order of arrival where all else is equal; none that
+        # is given up is computed all the same.
+        until = self.now + (self.queue.full_s.get(block, 0.0) if crowd > limit else 0.0)
+        same = [job for job in live if job.block == block]
+        same = [job for job in same if job.deadline is None or job.deadline > until]
+        same.sort(key=lambda job: (self.urgency(job, until), job.priority))
         assert taken.batch == same[: len(taken.batch)]
-        limit = self.queue.limits.get(first.block, self.queue.max_batch_rows)
+        if not taken.batch:
+            assert not same
+            return
         rows = sum(counts(taken.batch))
         assert rows <= limit or len(taken.batch) == 1
         assert rows <= self.queue.max_batch_rows
@@ -150,10 +167,13 @@ class QueueMachine(RuleBasedStateMachine):
                 rivals = [job for job in taken.batch if job.block == old.block] + taken.batch[:1]
                 assert all(job.arrived <= old.arrived + MAX_AGE_S for job in rivals)
 
-    def urgency(self, job: Job) -> tuple[bool, float]:
+    def limit(self, block: int) -> int:
+        return self.queue.limits.get(block, self.queue.max_batch_rows)
+
+    def urgency(self, job: Job, now: float | None = None) -> tuple[bool, float]:
         due = job.arrived + MAX_AGE_S
         due = due if job.deadline is None else min(due, job.deadline)
-        return job.priority == 1 and due > self.now, due
+        return job.priority == 1 and due > (self.now if now is None else now), due
 
     def is_late(self, job: Job) -> bool:
         return job.deadline is not None and job.deadline <= self.now
@@ -277,9 +297,25 @@ def test_what_goes_before_a_request() -> None:
         assert queue.offer(job)
     assert queue.ahead(0.5) == {0: 6, 1: 6}
     assert queue.ahead(0.5, make_job(arrived=0.5)) == {0: 6, 1: 3}
-    assert queue.ahead(0.5, make_job(arrived=0.5, deadline=1.2)) == {0: 3}
+    # The second of block 0 was accepted for a later deadline, and is not to miss it now.
+    assert queue.ahead(0.5, make_job(arrived=0.5, deadline=1.2)) == {0: 6}
     assert queue.ahead(0.5, make_job(arrived=0.5, priority=1)) == {0: 6, 1: 6}
     assert queue.ahead(2.5, make_job(arrived=2.5)) == {0: 6, 1: 6}  # the low one is overdue
+
+
+def test_a_crowded_queue_gives_up_what_would_be_late_after_a_full_batch() -> None:
+    def filled(count: int) -> Queue:
+        queue = Queue(max_batch_rows=2, max_queue_rows=100)
+        queue.full_s[0] = 0.5
+        for value in range(count):
+            queue.offer(make_job(value=value, deadline=0.25 + 0.25 * value))
+        return queue
+
+    crowded = filled(4)
+    taken = crowded.take(0.0)
+    assert [float(job.rows.features[0, 0]) for job in taken.expired] == [0, 1]
+    assert [float(job.rows.features[0, 0]) for job in taken.batch] == [2, 3]
+    assert drained(filled(2), 0.0) == [[0, 1]]  # all fit in one batch, which may be quick
 
 
 # --- the batcher --------------------------------------------------------------------------------
@@ -638,10 +674,11 @@ def costly(clock: Clock, a_s: float, b_s: float) -> FakeEngine:
     return engine
 
 
-async def teach(batcher: Batcher, batches: int = 8, block: int = 0) -> None:
+async def teach(batcher: Batcher, engine: FakeEngine, batches: int = 8) -> None:
     """Run batches of 1, 2, 3, ... rows."""
     for rows in range(1, batches + 1):
-        await computed(submit(batcher, rows=rows, block=block))
+        await computed(submit(batcher, rows=rows))
+        await engine.await_entry()
 
 
 def test_a_request_that_cannot_be_in_time_is_refused_at_once() -> None:
@@ -649,7 +686,7 @@ def test_a_request_that_cannot_be_in_time_is_refused_at_once() -> None:
         clock = Clock()
         engine = costly(clock, 1.0, 0.1)
         async with batching(engine, max_batch_rows=8, clock=clock) as batcher:
-            await teach(batcher)
+            await teach(batcher, engine)
             engine.closed = True
             running = submit(batcher, rows=4)  # 1.4 s
             await engine.await_entry()
@@ -678,7 +715,7 @@ def test_an_urgent_request_is_measured_by_what_goes_before_it_only() -> None:
         clock = Clock()
         engine = costly(clock, 0.1, 0.01)
         async with batching(engine, max_batch_rows=8, clock=clock) as batcher:
-            await teach(batcher)
+            await teach(batcher, engine)
             engine.closed = True
             answers = [submit(batcher, rows=8)]
             await engine.await_entry()
@@ -701,7 +738,7 @@ def test_a_cold_model_refuses_nobody() -> None:
         clock = Clock()
         engine = costly(clock, 1.0, 0.1)
         async with batching(engine, clock=clock) as batcher:
-            await teach(batcher, 7)
+            await teach(batcher, engine, 7)
             engine.closed = True
             running = submit(batcher)
             await engine.await_entry()
@@ -725,7 +762,7 @@ def test_an_idle_engine_takes_what_the_model_thinks_hopeless() -> None:
         clock = Clock()
         engine = costly(clock, 1.0, 0.1)
         async with batching(engine, clock=clock) as batcher:
-            await teach(batcher)
+            await teach(batcher, engine)
             await computed(submit(batcher, deadline=clock.now + 0.001))
 
     asyncio.run(go())
@@ -738,7 +775,7 @@ def test_batches_keep_to_the_target() -> None:
         async with batching(
             engine, max_batch_rows=16, clock=clock, target_batch_s=0.145
         ) as batcher:
-            await teach(batcher)
+            await teach(batcher, engine)
             engine.closed = True
             first = submit(batcher)
             await engine.await_entry()
