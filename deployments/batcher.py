@@ -81,6 +81,7 @@ class Job:
         priority: 0 normal, 1 low.
         arrived: when it was offered, on the batcher's clock.
         due: its place in the queue, on the batcher's clock; the queue sets it.
+        promised: whether it is normal and due at its deadline; the queue sets it.
         cancelled: set by the owner when nobody waits any more; the job is then dropped unanswered.
     """
 
@@ -91,6 +92,7 @@ class Job:
     priority: int = 0
     arrived: float = 0.0
     due: float = 0.0
+    promised: bool = False
     cancelled: bool = False
 
     @property
@@ -138,7 +140,7 @@ class Queue:
         self.full_s: dict[int, float] = {}
         self._normal: defaultdict[int, list[Job]] = defaultdict(list)  # by block
         self._low: defaultdict[int, list[Job]] = defaultdict(list)
-        self._promised: Counter[int] = Counter()  # rows due at their deadline, by block
+        self._promised: Counter[int] = Counter()  # rows of promised requests, by block
         self._swept = False
 
     def __len__(self) -> int:
@@ -160,7 +162,8 @@ class Queue:
             insort(lane, job, key=_DUE)
         else:
             lane.append(job)
-        if due == job.deadline:
+        if due == job.deadline and not job.priority:
+            job.promised = True
             self._promised[job.block] += count
         self.rows += count
         return True
@@ -201,7 +204,7 @@ class Queue:
                 break
             count = job.count
             gone += count
-            if job.due == job.deadline:
+            if job.promised:
                 promised += count
             if job.cancelled:
                 continue
@@ -212,7 +215,7 @@ class Queue:
             if rows > limit and taken.batch:
                 # It stays, and the batch is as full as it can be.
                 gone -= count
-                promised -= count if job.due == job.deadline else 0
+                promised -= count if job.promised else 0
                 n, k = (n, k - 1) if job.priority else (n - 1, k)
                 break
             taken.batch.append(job)
@@ -250,7 +253,7 @@ class Queue:
         """Rows that wait, by block; with ``job``, only those that it has to respect.
 
         These are the rows that go before it and, as those were accepted on the word that they will
-        be in time, all that are due at their deadline: an urgent request may overtake them only
+        be in time, all normal ones due at their deadline: an urgent request may overtake them only
         where all can be in time. An estimate: requests are given the mean number of rows.
         """
         normal = low = inf  # what is due until then goes first
@@ -293,7 +296,7 @@ class Queue:
     def _drop(self, job: Job, expired: list[Job]) -> None:
         """Count a dead job out; one that is late is still to be answered."""
         self.rows -= job.count
-        if job.due == job.deadline:
+        if job.promised:
             self._promised[job.block] -= job.count
         if not job.cancelled:
             expired.append(job)

@@ -191,6 +191,14 @@ class QueueMachine(RuleBasedStateMachine):
             return
         assert self.queue.rows == sum(counts(self.waiting)) <= self.queue.max_queue_rows
         assert len(self.queue) == len(self.waiting)
+        for block in range(3):
+            near = [
+                job.count
+                for job in self.waiting
+                if job.block == block and job.priority == 0 and job.deadline is not None
+                if job.deadline <= job.arrived + MAX_AGE_S
+            ]
+            assert self.queue._promised[block] == sum(near)
 
     def teardown(self) -> None:
         if not hasattr(self, "queue"):
@@ -751,6 +759,27 @@ def test_a_cold_model_refuses_nobody() -> None:
                 DeadlineExceeded,
                 DeadlineExceeded,
             ]
+
+    asyncio.run(go())
+
+
+def test_each_block_has_a_model_of_its_own() -> None:
+    async def go() -> None:
+        clock = Clock()
+        engine = costly(clock, 1.0, 0.1)
+        async with batching(engine, clock=clock) as batcher:
+            await teach(batcher, engine)
+            engine.closed = True
+            answers = [submit(batcher, block=1)]
+            await engine.await_entry()
+            answers += [submit(batcher, block=1), submit(batcher, rows=8), submit(batcher, rows=8)]
+            engine.release.release()
+            await engine.await_entry()  # the second batch of block 1, which is still cold
+            answers.append(submit(batcher, block=1, deadline=clock.now + 0.1))
+            with pytest.raises(Overloaded):  # two full batches of block 0 go before its answer
+                submit(batcher, deadline=clock.now + 5.2)
+            engine.open()
+            await settled(*answers)
 
     asyncio.run(go())
 
