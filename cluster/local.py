@@ -11,15 +11,18 @@ import random
 import re
 import resource
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from datamix.errors import ConfigError, Unavailable
@@ -147,6 +150,31 @@ def _set_environment(folder: Path, descriptors: int) -> None:
 
 
 @contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until the block is done.
+
+    An interrupt in the middle of ``ray.init`` crashes Ray's native code when it is shut down then,
+    and one in the middle of a shutdown leaves processes behind.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupted = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
 def local_cluster(
     config: Config,
     *,
@@ -177,19 +205,21 @@ def local_cluster(
         import ray
         from ray import serve
 
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         say("starting Ray")
         try:
-            ray.init(
-                address="local",
-                # Logical, not real: the replica and Serve's own actors must fit on any machine.
-                num_cpus=max(4, replicas + 3),
-                object_store_memory=100 << 20,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-                _temp_dir=str(folder),
-            )
+            with _uninterrupted():
+                ray.init(
+                    address="local",
+                    # Logical, not real: the replica and Serve's own actors must fit anywhere.
+                    num_cpus=max(4, replicas + 3),
+                    object_store_memory=100 << 20,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    configure_logging=False,
+                    _temp_dir=str(folder),
+                )
             say("deploying the backbone")
             url = deploy(config, port=port, replicas=replicas)
             yield LocalCluster(url, ray.get_runtime_context().gcs_address, port)
@@ -198,7 +228,7 @@ def local_cluster(
             if ray.is_initialized():
                 # Ray prints "ServeController.graceful_shutdown failed" to stdout on the way out
                 # (the controller dies while it answers); stdout belongs to reports and --json.
-                with contextlib.redirect_stdout(io.StringIO()):
+                with _uninterrupted(), contextlib.redirect_stdout(io.StringIO()):
                     try:
                         serve.shutdown()  # type: ignore[no-untyped-call]
                     finally:
@@ -219,7 +249,6 @@ def deploy(
 
     from deployments.app import bind
 
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(http_options={"host": host, "port": port})
     try:
         serve.run(bind(config, num_replicas=replicas), name=APPLICATION, route_prefix="/")

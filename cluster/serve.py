@@ -53,6 +53,7 @@ def _on_cluster(config: Config, address: str, port: int, replicas: int) -> Itera
         raise Unavailable(f"no Ray cluster answers at {address!r}: {error}") from error
     from ray import serve as ray_serve
 
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         if APPLICATION in ray_serve.status().applications:
             raise ConfigError(f"application {APPLICATION!r} runs on {address!r} already")

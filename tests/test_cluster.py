@@ -221,6 +221,30 @@ def test_ctrl_c_leaves_no_process() -> None:
     assert gone(served.mark, 5) == []
 
 
+def test_ctrl_c_while_ray_starts_leaves_no_process() -> None:
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster.cli", "demo"],
+        cwd=ROOT,
+        env={**os.environ, MARK: mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "starting Ray" in line:
+            break
+    while len(marked(mark)) < 2:  # gcs_server is up, so ray.init is in the middle of it
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert gone(mark, 5) == []
+
+
 def test_a_taken_port_is_one_sentence(cluster: Served) -> None:
     port = cluster.url.rsplit(":", 1)[1]
     done = _datamix("serve", "--bundle", cluster.bundle, "--port", port)
