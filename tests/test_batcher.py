@@ -772,12 +772,12 @@ def test_each_block_has_a_model_of_its_own() -> None:
             engine.closed = True
             answers = [submit(batcher, block=1)]
             await engine.await_entry()
-            answers += [submit(batcher, block=1), submit(batcher, rows=8), submit(batcher, rows=8)]
+            answers += [submit(batcher, block=1), submit(batcher, rows=7), submit(batcher, rows=2)]
             engine.release.release()
             await engine.await_entry()  # the second batch of block 1, which is still cold
             answers.append(submit(batcher, block=1, deadline=clock.now + 0.1))
-            with pytest.raises(Overloaded):  # two full batches of block 0 go before its answer
-                submit(batcher, deadline=clock.now + 5.2)
+            with pytest.raises(Overloaded):  # both blocks go before its answer
+                submit(batcher, deadline=clock.now + 3.3)
             engine.open()
             await settled(*answers)
 
