@@ -774,7 +774,7 @@ def test_each_block_has_a_model_of_its_own() -> None:
             await engine.await_entry()
             answers += [submit(batcher, block=1), submit(batcher, rows=7), submit(batcher, rows=2)]
             engine.release.release()
-            await engine.await_entry()  # the second batch of block 1, which is still cold
+            await engine.await_entry()  # block 1 has seen one batch: still cold
             answers.append(submit(batcher, block=1, deadline=clock.now + 0.1))
             with pytest.raises(Overloaded):  # both blocks go before its answer
                 submit(batcher, deadline=clock.now + 3.3)
