@@ -26,8 +26,8 @@ import numpy as np
 from datamix import wire
 from datamix.errors import NonFinite, TooLarge, WireError
 from datamix.framing import Array
-from deployments.batcher import Computed
 from deployments.engine import Block
+from deployments.waiting import Computed
 
 TENSOR = "features"  # the name of the one input and of the one output
 MEDIA_TYPES = ("application/json", "application/octet-stream")

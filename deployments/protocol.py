@@ -31,8 +31,8 @@ from datamix.errors import (
     WireError,
 )
 from deployments import oip
-from deployments.batcher import Computed, Job
 from deployments.engine import Rows
+from deployments.waiting import Computed, Job
 from deployments.websocket import EXTENSION, Messages
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from datamix import wire
 from deployments.backbone import Backbone
-from deployments.batcher import Job
 from deployments.config import Config
 from deployments.engine import Array, Rows
 from deployments.metrics import PrometheusBackend
 from deployments.protocol import Protocol
+from deployments.waiting import Job
 
 SHAPE = (2, 3, 3)
 PATIENCE_S = 10.0  # for what must happen at once; only a failing test waits so long

@@ -22,10 +22,10 @@ from datamix.errors import BundleError, ConfigError, NotFound, TooLarge, Unavail
 from datamix.models import Architecture, build
 from deployments import backbone as module
 from deployments.backbone import Backbone, build_engine
-from deployments.batcher import Job
 from deployments.config import Config
 from deployments.engine import Block, EchoEngine, Rows
 from deployments.metrics import TABLE, Metric, PrometheusBackend
+from deployments.waiting import Job
 from tests.real_cloud import (
     PATIENCE_S,
     SHAPE,

@@ -22,8 +22,9 @@ from hypothesis.stateful import (
 )
 
 from datamix.errors import DataMixError, DeadlineExceeded, Overloaded, Unavailable
-from deployments.batcher import Batcher, Computed, Job, Queue, Taken, Timing
+from deployments.batcher import Batcher
 from deployments.engine import Array, Block, Rows
+from deployments.waiting import Computed, Job, Queue, Taken, Timing
 
 PATIENCE_S = 10.0  # for what must happen at once; only a failing test waits so long
 

@@ -7,8 +7,9 @@ import re
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deployments.batcher import Statistics, Timing
+from deployments.batcher import Statistics
 from deployments.metrics import TABLE, Metric, PrometheusBackend, Recorder, Traffic
+from deployments.waiting import Timing
 
 LABELS = {"model", "outcome", "close_reason"}
 UNITS = ("_seconds", "_bytes", "_rows", "_ratio")

@@ -24,9 +24,9 @@ from tritonclient.utils import InferenceServerException
 from datamix.bundle import load_backbone
 from datamix.errors import DataMixError, NonFinite, TooLarge, WireError
 from deployments import oip
-from deployments.batcher import Computed, Timing
 from deployments.config import Config
 from deployments.engine import Block
+from deployments.waiting import Computed, Timing
 from tests.real_cloud import PATIENCE_S, SHAPE, Cloud, HttpPeer, Reply, http, rows_of, serving
 from tests.served import Served
 

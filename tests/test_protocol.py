@@ -18,8 +18,8 @@ import pytest
 from websockets.exceptions import InvalidStatus
 
 from datamix import wire
-from deployments.batcher import Job
 from deployments.config import Config
+from deployments.waiting import Job
 from deployments.websocket import EXTENSION, Messages
 from tests.real_cloud import (
     PATIENCE_S,

@@ -1,0 +1,52 @@
+"""What `serve deploy` and Ray's working_dir take to the nodes, without a cluster."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+from ray._private.runtime_env.packaging import create_package
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.app import app
+from deployments.config import Config
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_serve_yaml_is_what_serve_and_the_application_expect() -> None:
+    settings = yaml.safe_load((ROOT / "deployments/serve.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(settings)
+    (application,) = schema.applications
+    assert application.import_path == "deployments.app:app"
+    config = Config(**application.args)
+    assert config.device == "cuda"
+    assert config.bundle is not None
+    assert (ROOT / config.bundle / "manifest.json").exists()
+    (deployment,) = application.deployments
+    assert deployment.name == "Backbone"
+    settings["applications"][0]["deployments"][0]["max_ongoing_requests"] = "many"
+    with pytest.raises(ValidationError):
+        ServeDeploySchema.model_validate(settings)
+
+
+def test_a_bound_application_has_the_defaults_that_streams_need() -> None:
+    bound = app(Config(engine="null", echo_shape=(1, 2, 2)))._bound_deployment
+    assert bound.name == "Backbone"
+    assert bound.max_ongoing_requests == 100_000
+    assert bound._deployment_config.health_check_period_s == 1
+    assert (bound.ray_actor_options or {}).get("num_gpus") == 0
+
+
+def test_the_devices_code_and_weights_stay_off_the_nodes(tmp_path: Path) -> None:
+    """What Ray packs of the repository as a working_dir: the cloud's half, and nothing secret."""
+    package = tmp_path / "package.zip"
+    create_package(str(ROOT), package, include_gitignore=True)
+    names = set(zipfile.ZipFile(package).namelist())
+    assert {"datamix/wire.py", "deployments/app.py", "deployments/serve.yaml"} <= names
+    assert "bundles/fashion-mnist-mix/backbone.safetensors" in names
+    assert {name.split("/")[0] for name in names if "/" in name} <= {
+        "datamix", "deployments", "bundles",
+    }  # fmt: skip
+    assert not [name for name in names if name.endswith("device.safetensors")]
