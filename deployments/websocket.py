@@ -66,6 +66,7 @@ class Messages:
         self.transport: WSTransport | None = None
         self._backlog: deque[bytes | None] = deque()  # came in the same read as the one held at
         self._held = False  # by the application
+        self._draining = False
         self._full = False  # the peer does not read what it is sent
 
     def send(self, message: bytes) -> None:
@@ -83,8 +84,14 @@ class Messages:
     def hold(self, held: bool) -> None:
         """Pass no more messages on and stop reading from the peer, or go on."""
         self._held = held
-        while self._backlog and not self._held:
-            self.on_message(self._backlog.popleft())  # which may hold again
+        if self._draining:
+            return  # called by on_message below: the loop there sees it, and nothing nests
+        self._draining = True
+        try:
+            while self._backlog and not self._held:
+                self.on_message(self._backlog.popleft())
+        finally:
+            self._draining = False
         self._flow()
 
     def full(self, full: bool) -> None:

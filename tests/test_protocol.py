@@ -574,6 +574,33 @@ def test_a_stream_stops_reading_at_its_bound() -> None:
     asyncio.run(go())
 
 
+def test_a_flood_of_junk_at_the_bound_is_answered_message_by_message() -> None:
+    """Each error makes room for the next at once; that must not nest thousands of calls deep."""
+
+    async def go() -> None:
+        config = CONFIG.model_copy(update={"max_stream_requests": 2})
+        async with replica(config) as cloud:
+            cloud.gate.close()
+            peer = FakePeer()
+            task = asyncio.create_task(cloud.app(peer.scope, peer.receive, peer.send))
+            await turn()
+            for seed in range(2):
+                peer.messages.receive(message_of(seed))
+            for _ in range(5000):  # kept, as two are under way
+                peer.messages.receive(b"junk")
+            peer.messages.receive(message_of(2))
+            cloud.gate.open()
+            await peer.until_answered(5003)
+            assert [answer.status for answer in peer.answers].count(400) == 5000
+            good = {a.request_id: a for a in peer.answers if a.status == 200}
+            for seed in range(3):
+                assert_echoes(good[f"r{seed}"], seed)
+            peer.left.set()
+            await task
+
+    asyncio.run(go())
+
+
 def test_a_peer_that_does_not_read_is_not_read_from() -> None:
     messages, transport = Messages(), FakeTransport()
     messages.transport = transport  # type: ignore[assignment]
