@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import socket
 import subprocess
@@ -31,6 +30,7 @@ from rich.text import Text
 from cluster.local import max_streams
 from datamix.bundle import load_backbone, load_device
 from datamix.errors import BundleError, ConfigError
+from datamix.limits import hard_descriptor_limit
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -88,7 +88,7 @@ def diagnose(
     checks = [check_python(sys.version_info[:2])]
     checks += check_packages(read_pins(CONSTRAINTS), installed_version)
     checks.append(check_haproxy_binary(find_haproxy))
-    checks.append(check_descriptors(devices, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    checks.append(check_descriptors(devices, hard_descriptor_limit()))
     checks.append(check_shared_memory(Path("/dev/shm")))
     checks.append(check_disk(Path(os.environ.get("RAY_TMPDIR") or "/tmp")))
     if url is None:
@@ -224,9 +224,10 @@ def check_port(port: int, owner: str) -> Check:
 
 def check_descriptors(devices: int, hard_limit: int) -> Check:
     """HAProxy, one process, may open a connection for every device."""
-    # RLIM_INFINITY is -1: no limit at all.
-    streams = devices if hard_limit < 0 else max_streams(hard_limit)
+    streams = max_streams(hard_limit)
     found = f"{hard_limit} descriptors are enough for {streams} devices"
+    if hard_limit == sys.maxsize:
+        found = "descriptors are not limited"
     if streams >= devices:
         return Check("file descriptors", "ok", found)
     fix = f"raise the hard limit (ulimit -Hn, limits.conf, docker --ulimit) for {devices} devices"

@@ -9,7 +9,6 @@ import logging
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -26,6 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from datamix.errors import ConfigError, Unavailable
+from datamix.limits import raise_descriptor_limit
 
 if TYPE_CHECKING:
     from deployments.config import Config
@@ -107,14 +107,6 @@ def _free_range(size: int) -> int:
             continue
         return start
     raise ConfigError("found no free range of ports between 20000 and 32000 for the replicas")
-
-
-def raise_descriptor_limit() -> int:
-    """Raise this process's file-descriptor limit to the most allowed; children inherit it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
 
 
 def max_streams(descriptors: int) -> int:

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import resource
 import signal
 import sys
 import threading
@@ -23,6 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from datamix.errors import DataMixError
+from datamix.limits import raise_descriptor_limit
 from edge.fleet import pacing
 from edge.fleet.config import FleetConfig
 from edge.fleet.shard import Shard
@@ -89,14 +89,6 @@ def main(connection: Connection, task: Task) -> None:
             connection.send(Failure(traceback.format_exc(limit=-4), 0))
         else:
             connection.send(result)
-
-
-def raise_descriptor_limit() -> int:
-    """Raise the soft limit of open files to the hard one; return it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return sys.maxsize if hard == resource.RLIM_INFINITY else hard
 
 
 def _run(main: Coroutine[Any, Any, Any]) -> Any:

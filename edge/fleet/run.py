@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from datamix.errors import ConfigError, DataMixError, Unavailable, from_status
+from datamix.limits import raise_descriptor_limit
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
-from edge.fleet.process import Failure, Ready, Target, Task, main, raise_descriptor_limit
+from edge.fleet.process import Failure, Ready, Target, Task, main
 from edge.fleet.report import Run, Summary, percentiles, summarise
 from edge.fleet.shard import Counters, Progress, ShardResult
 from edge.fleet.stats import Sampler, Use, fetch, use
