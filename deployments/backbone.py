@@ -59,6 +59,7 @@ class Backbone:
             loop,
             max_batch_rows=config.max_batch_rows,
             max_queue_rows=config.max_queue_rows,
+            max_queue_bytes=config.max_queue_bytes,
             target_batch_s=config.target_batch_s,
             on_batch=self._recorder.batch,
             clock=self.clock,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections import Counter
@@ -75,6 +76,7 @@ class Batcher:
         *,
         max_batch_rows: int,
         max_queue_rows: int,
+        max_queue_bytes: int = sys.maxsize,
         target_batch_s: float | None = None,
         max_age_s: float = 2.0,
         on_batch: Callable[[Timing], None] = lambda timing: None,
@@ -87,6 +89,7 @@ class Batcher:
             loop: the event loop on which every ``Job.done`` is called.
             max_batch_rows: rows per batch at most; a single request may not be larger.
             max_queue_rows: rows waiting at most; beyond it requests are shed.
+            max_queue_bytes: bytes that these may hold, at most.
             target_batch_s: how long a batch should take at most, in seconds; it then gets fewer
                 rows, but never less than one request. None: no such limit.
             max_age_s: what has waited so long goes before all that arrives from then on, in
@@ -99,7 +102,10 @@ class Batcher:
         self._engine = engine
         self._loop = loop
         self._queue = Queue(
-            max_batch_rows=max_batch_rows, max_queue_rows=max_queue_rows, max_age_s=max_age_s
+            max_batch_rows=max_batch_rows,
+            max_queue_rows=max_queue_rows,
+            max_queue_bytes=max_queue_bytes,
+            max_age_s=max_age_s,
         )
         self._target_batch_s = target_batch_s
         self._costs = [CostModel() for _ in engine.blocks]
@@ -147,9 +153,7 @@ class Batcher:
                 self._check_deadline(job, job.deadline)
             if not self._queue.offer(job) and not (self._sweep() and self._queue.offer(job)):
                 raise Overloaded(
-                    f"the queue holds {self._queue.rows} rows of at most "
-                    f"{self._queue.max_queue_rows}, try again later",
-                    retry_after_s=self._wait_s(),
+                    f"{self._queue.refusal(job)}, try again later", retry_after_s=self._wait_s()
                 )
             # Not at once: requests that the same poll of the sockets brought share the first
             # batch, and the two threads do not fight for the GIL over each of them.

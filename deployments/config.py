@@ -23,6 +23,7 @@ class Config(BaseModel):
         threads: CPU threads of one forward; None leaves torch's own choice.
         max_batch_rows: rows in a batch at most.
         max_queue_rows: rows waiting at most; beyond it requests are shed with 429.
+        max_queue_bytes: bytes of the rows waiting at most; beyond it, too, requests are shed.
         target_batch_s: seconds a batch should take at most: once the batcher has learned what rows
             cost, batches get no more than that allows, but always one request. Leave room for many
             rows, or much of the time goes into the fixed cost of each batch. None: no target.
@@ -43,6 +44,7 @@ class Config(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     max_batch_rows: int = Field(default=256, ge=1)
     max_queue_rows: int = Field(default=8192, ge=1)
+    max_queue_bytes: int = Field(default=512 << 20, ge=1)
     target_batch_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_request_bytes: int = Field(default=8 << 20, ge=1024, le=16 << 20)
     max_request_rows: int = Field(default=128, ge=1)
@@ -69,5 +71,12 @@ class Config(BaseModel):
             raise ValueError(
                 f"max_request_rows is {self.max_request_rows}, expected at most max_queue_rows "
                 f"({self.max_queue_rows}), or the largest requests would be shed for ever"
+            )
+        # Twice: a number of one digit and its comma become four bytes.
+        if 2 * self.max_request_bytes > self.max_queue_bytes:
+            raise ValueError(
+                f"max_queue_bytes is {self.max_queue_bytes}, expected at least twice "
+                f"max_request_bytes ({self.max_request_bytes}), or the largest requests would be "
+                "shed for ever"
             )
         return self

@@ -47,6 +47,11 @@ def counts(jobs: Sequence[Job]) -> list[int]:
     return [job.count for job in jobs]
 
 
+def held(job: Job) -> int:
+    """Bytes of a job's rows."""
+    return sum(len(part.tobytes()) for part in job.rows if part is not None)
+
+
 # --- the queue ----------------------------------------------------------------------------------
 
 
@@ -56,10 +61,17 @@ MAX_AGE_S = 3
 class QueueMachine(RuleBasedStateMachine):
     """Any order of offers, takes, cancellations and passing time, beside a list that remembers."""
 
-    @initialize(max_batch_rows=st.integers(1, 8), max_queue_rows=st.integers(1, 40))
-    def build(self, max_batch_rows: int, max_queue_rows: int) -> None:
+    @initialize(
+        max_batch_rows=st.integers(1, 8),
+        max_queue_rows=st.integers(1, 40),
+        max_queue_bytes=st.integers(16, 200),
+    )
+    def build(self, max_batch_rows: int, max_queue_rows: int, max_queue_bytes: int) -> None:
         self.queue = Queue(
-            max_batch_rows=max_batch_rows, max_queue_rows=max_queue_rows, max_age_s=MAX_AGE_S
+            max_batch_rows=max_batch_rows,
+            max_queue_rows=max_queue_rows,
+            max_queue_bytes=max_queue_bytes,
+            max_age_s=MAX_AGE_S,
         )
         self.now = 0.0
         self.waiting: list[Job] = []  # in order of arrival
@@ -71,13 +83,20 @@ class QueueMachine(RuleBasedStateMachine):
         block=st.integers(0, 2),
         life=st.none() | st.integers(0, 2 * MAX_AGE_S),
         priority=st.integers(0, 1),
+        int8=st.booleans(),
     )
-    def offer(self, data: st.DataObject, block: int, life: int | None, priority: int) -> None:
+    def offer(
+        self, data: st.DataObject, block: int, life: int | None, priority: int, int8: bool
+    ) -> None:
         rows = data.draw(st.integers(1, self.queue.max_batch_rows))
         deadline = None if life is None else self.now + life
         job = make_job(rows, block=block, deadline=deadline, priority=priority, arrived=self.now)
+        if int8:
+            job.rows = Rows(np.zeros((rows, 1), np.int8), np.ones(rows, np.float32))
         fits = sum(counts(self.waiting)) + rows <= self.queue.max_queue_rows
+        fits &= sum(map(held, self.waiting)) + held(job) <= self.queue.max_queue_bytes
         assert self.queue.offer(job) == fits
+        assert fits or self.queue.refusal(job)
         if fits:
             self.waiting.append(job)
 
@@ -191,6 +210,7 @@ class QueueMachine(RuleBasedStateMachine):
         if not hasattr(self, "queue"):
             return
         assert self.queue.rows == sum(counts(self.waiting)) <= self.queue.max_queue_rows
+        assert self.queue.bytes == sum(map(held, self.waiting)) <= self.queue.max_queue_bytes
         assert len(self.queue) == len(self.waiting)
         for block in range(3):
             near = [
@@ -207,7 +227,7 @@ class QueueMachine(RuleBasedStateMachine):
         while len(self.queue):
             self.take()
         assert len(set(map(id, self.left))) == len(self.left)  # nothing is answered twice
-        assert self.queue.rows == 0
+        assert self.queue.rows == self.queue.bytes == 0
 
 
 TestQueue = QueueMachine.TestCase
@@ -381,6 +401,7 @@ async def batching(
     *,
     max_batch_rows: int = 8,
     max_queue_rows: int = 100,
+    max_queue_bytes: int = 1 << 30,
     target_batch_s: float | None = None,
     clock: Callable[[], float] | None = None,
     on_batch: Callable[[Timing], None] = lambda timing: None,
@@ -390,6 +411,7 @@ async def batching(
         asyncio.get_running_loop(),
         max_batch_rows=max_batch_rows,
         max_queue_rows=max_queue_rows,
+        max_queue_bytes=max_queue_bytes,
         target_batch_s=target_batch_s,
         on_batch=on_batch,
         clock=clock or Clock(),
@@ -589,6 +611,25 @@ def test_a_full_queue_sheds_at_once_and_says_when_to_come_back() -> None:
             engine.open()
             await computed(running, *waiting, submitted)
             assert [rows for _, rows in engine.calls] == [[1], [3], [3], [3]]
+
+    asyncio.run(go())
+
+
+def test_a_queue_that_is_full_in_bytes_sheds_too() -> None:
+    async def go() -> None:
+        engine = FakeEngine(closed=True)
+        async with batching(engine, max_queue_bytes=100) as batcher:
+            running = submit(batcher)
+            await engine.await_entry()
+            waiting = [submit(batcher, rows=8) for _ in range(3)]  # 32 bytes each
+            with pytest.raises(Overloaded) as raised:
+                submit(batcher, rows=2)
+            assert str(raised.value) == ("the queue holds 96 bytes of at most 100, try again later")
+            assert raised.value.retry_after_s is not None
+            fits = submit(batcher, rows=1)
+            engine.open()
+            await computed(running, *waiting, fits)
+            await computed(submit(batcher, rows=8))  # what left makes room
 
     asyncio.run(go())
 
