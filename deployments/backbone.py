@@ -23,7 +23,8 @@ from datamix.errors import ConfigError, NotFound, TooLarge, WireError
 from deployments import oip, websocket
 from deployments.batcher import Batcher
 from deployments.config import Config
-from deployments.engine import Block, EchoEngine, Engine, Rows, TorchEngine, parse_engine
+from deployments.engine import Block, Engine, Rows, parse_engine
+from deployments.engines import echo_engine, torch_engine
 from deployments.metrics import Backend, RayBackend, Recorder, Traffic
 from deployments.protocol import Protocol
 
@@ -182,6 +183,10 @@ class Backbone:
             "open_streams": self.traffic.open_streams,
             "received_bytes": self.traffic.received_bytes,
             "sent_bytes": self.traffic.sent_bytes,
+            "copied_bytes": {
+                "receive": self.traffic.received_bytes,
+                "batch": statistics.copied_bytes,
+            },
         }
 
     async def _publish(self) -> None:
@@ -215,28 +220,19 @@ def build_engine(config: Config) -> tuple[str, str, Engine]:
         BundleError: the bundle cannot be read or trusted.
         ConfigError: the device or dtype cannot be had.
     """
-    kind, a_s, b_s = parse_engine(config.engine)
+    text = parse_engine(config.engine)
     if config.bundle is None:
         assert config.echo_shape is not None  # Config holds this
-        return "echo", "1", EchoEngine([config.echo_shape], a_s, b_s)
+        return "echo", "1", echo_engine(text, [config.echo_shape])
     from datamix.bundle import load_backbone, read_manifest
 
-    if kind != "torch":
+    if text.kind != "torch":
         manifest = read_manifest(config.bundle)
         shapes = [block.input_shape for block in manifest.blocks]
-        return manifest.name, manifest.version, EchoEngine(shapes, a_s, b_s)
+        return manifest.name, manifest.version, echo_engine(text, shapes)
     manifest, modules = load_backbone(config.bundle)
     blocks = [Block(block.input_shape, block.output_shape) for block in manifest.blocks]
-    engine = TorchEngine(
-        modules,
-        blocks,
-        max_batch_rows=config.max_batch_rows,
-        device=config.device,
-        dtype=config.dtype,
-        channels_last=config.channels_last,
-        threads=config.threads,
-    )
-    return manifest.name, manifest.version, engine
+    return manifest.name, manifest.version, torch_engine(modules, blocks, config)
 
 
 def _version() -> str:

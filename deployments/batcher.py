@@ -43,6 +43,7 @@ class Statistics:
         rows: rows computed.
         close_reasons: batches by why they closed.
         queue_s: summed wait of all requests that were computed, in seconds.
+        copied_bytes: bytes of rows that the engine copied on their way to where they are computed.
     """
 
     busy_s: float = 0.0
@@ -50,6 +51,7 @@ class Statistics:
     rows: int = 0
     close_reasons: Counter[str] = field(default_factory=Counter)
     queue_s: float = 0.0
+    copied_bytes: int = 0
 
 
 class Running(NamedTuple):
@@ -307,7 +309,9 @@ class Batcher:
         start = self._clock()
         self._running = Running(start, block, cost.predict(rows))
         try:
-            outputs = self._engine.run(block, [job.rows for job in batch])
+            pending = self._engine.start(block, [job.rows for job in batch])
+            self.statistics.copied_bytes += pending.copied_bytes
+            outputs = pending.wait()
             if len(outputs) != len(batch):
                 raise ValueError(f"{len(outputs)} outputs for {len(batch)} requests")
         except Exception as error:

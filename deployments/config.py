@@ -15,7 +15,8 @@ class Config(BaseModel):
 
     Attributes:
         bundle: folder or URI of the bundle; only manifest and backbone weights are read.
-        engine: ``torch``, ``null``, or ``emulated:a_s,b_s`` which sleeps a + b * rows seconds.
+        engine: ``torch``, ``null``, or ``emulated:a_s,b_s`` which sleeps a + b * rows seconds per
+            batch, or ``emulated:PATH.json`` which sleeps as long as the profile says.
         echo_shape: row shape that a null or emulated engine echoes where there is no bundle.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: what the engine computes in.
@@ -54,7 +55,7 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _agree(self) -> Config:
         try:
-            kind = parse_engine(self.engine)[0]
+            kind = parse_engine(self.engine).kind
             check_device(self.device)
         except ConfigError as error:
             raise ValueError(str(error)) from error

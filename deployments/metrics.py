@@ -55,6 +55,13 @@ TABLE: tuple[Metric, ...] = (
     ),
     Metric("datamix_received_bytes_total", "counter", "Bytes of requests received.", ("model",)),
     Metric("datamix_sent_bytes_total", "counter", "Bytes of responses sent.", ("model",)),
+    Metric(
+        "datamix_copied_bytes_total",
+        "counter",
+        "Bytes of requests copied, by step: receive (out of the socket's buffer, once per message) "
+        "or batch (into the engine's batch, and on to its device).",
+        ("model", "step"),
+    ),
     Metric("datamix_queue_rows", "gauge", "Rows waiting for the engine.", ("model",)),
     Metric("datamix_open_streams", "gauge", "WebSocket streams open.", ("model",)),
     Metric("datamix_batch_rows", "histogram", "Rows per batch.", ("model",), _ROWS),
@@ -140,7 +147,8 @@ class Traffic:
     """Plain running totals that the protocol counts; see :class:`Recorder`.
 
     Attributes:
-        received_bytes: bytes of requests, as messages.
+        received_bytes: bytes of requests, as messages; each is copied once from the socket's
+            buffer (a HTTP body that comes in pieces is joined besides, which nobody counts).
         sent_bytes: bytes of responses, as messages.
         open_streams: WebSockets open now.
         requests: requests answered, by outcome: ``ok`` or the HTTP status.
@@ -181,6 +189,8 @@ class Recorder:
         self._advance("datamix_engine_busy_seconds_total", statistics.busy_s)
         self._advance("datamix_received_bytes_total", traffic.received_bytes)
         self._advance("datamix_sent_bytes_total", traffic.sent_bytes)
+        self._advance("datamix_copied_bytes_total", traffic.received_bytes, step="receive")
+        self._advance("datamix_copied_bytes_total", statistics.copied_bytes, step="batch")
         self._record("datamix_queue_rows", queue_rows)
         self._record("datamix_open_streams", traffic.open_streams)
 

@@ -23,6 +23,7 @@ from datamix.models import Architecture, build
 from deployments import backbone as module
 from deployments.backbone import Backbone, build_engine
 from deployments.config import Config
+from deployments.emulated import Cost, EmulatedEngine
 from deployments.engine import Block, EchoEngine, Rows
 from deployments.metrics import TABLE, Metric, PrometheusBackend
 from deployments.waiting import Job
@@ -125,8 +126,8 @@ def test_a_null_engine_takes_its_shapes_from_the_bundle(cloud_only: Path) -> Non
 def test_an_emulated_engine() -> None:
     config = CONFIG.model_copy(update={"engine": "emulated:0.5,0.001"})
     model, version, engine = build_engine(config)
-    assert isinstance(engine, EchoEngine)
-    assert (model, version, engine.a_s, engine.b_s) == ("echo", "1", 0.5, 0.001)
+    assert isinstance(engine, EmulatedEngine)
+    assert (model, version, engine.costs) == ("echo", "1", [Cost(0.5, 0.001)])
 
 
 def test_a_bundle_that_was_tampered_with(cloud_only: Path) -> None:

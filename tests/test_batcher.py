@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 
 from datamix.errors import DataMixError, DeadlineExceeded, Overloaded, Unavailable
 from deployments.batcher import Batcher
-from deployments.engine import Array, Block, Rows
+from deployments.engine import Block, Engine, Pending, Rows, Settled
 from deployments.waiting import Computed, Job, Queue, Taken, Timing
 
 PATIENCE_S = 10.0  # for what must happen at once; only a failing test waits so long
@@ -361,7 +361,7 @@ class Clock:
 
 
 @dataclass
-class FakeEngine:
+class FakeEngine(Engine):
     """Doubles its input. Closed, it stops inside each batch until a test lets one go."""
 
     closed: bool = False
@@ -373,7 +373,7 @@ class FakeEngine:
     entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     release: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
-    def run(self, block: int, requests: Sequence[Rows]) -> Sequence[Array]:
+    def start(self, block: int, requests: Sequence[Rows]) -> Pending:
         self.calls.append((block, [len(request.features) for request in requests]))
         self.entered.release()
         if self.closed:
@@ -381,7 +381,7 @@ class FakeEngine:
         self.during()
         if self.fails_on(requests):
             raise RuntimeError("secret 0.1234 in /some/path")
-        return [2 * request.features for request in requests]
+        return Settled([2 * request.features for request in requests], 100)
 
     async def await_entry(self) -> None:
         assert await asyncio.to_thread(self.entered.acquire, timeout=PATIENCE_S)
@@ -579,6 +579,7 @@ def test_timings_and_totals() -> None:
             assert (statistics.batches, statistics.rows) == (2, 6)
             assert statistics.busy_s == batcher.busy_s == 1.5
             assert statistics.queue_s == 1.25
+            assert statistics.copied_bytes == 200
             await turn()
             assert batches == [one.timing, two.timing]  # each by its oldest request
 
@@ -927,8 +928,8 @@ def test_an_engine_that_always_fails_answers_everybody() -> None:
 
 def test_an_engine_that_loses_an_output_does_not_stop_the_batcher() -> None:
     class Forgetful(FakeEngine):
-        def run(self, block: int, requests: Sequence[Rows]) -> Sequence[Array]:
-            return super().run(block, requests)[1:]
+        def start(self, block: int, requests: Sequence[Rows]) -> Pending:
+            return Settled(super().start(block, requests).wait()[1:])
 
     async def go() -> None:
         async with batching(Forgetful()) as batcher:

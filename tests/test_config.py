@@ -61,7 +61,7 @@ def test_unknown_keys_are_refused(key: str) -> None:
 
 
 NO_BUNDLE = "no bundle is given; only a null or emulated engine with echo_shape can do without"
-ENGINE = "expected torch, null or emulated:a_s,b_s in seconds"
+ENGINE = "expected torch, null, emulated:a_s,b_s in seconds or emulated:PATH.json"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from deployments.batcher import Statistics
 from deployments.metrics import TABLE, Metric, PrometheusBackend, Recorder, Traffic
 from deployments.waiting import Timing
 
-LABELS = {"model", "outcome", "close_reason"}
+LABELS = {"model", "outcome", "close_reason", "step"}
 UNITS = ("_seconds", "_bytes", "_rows", "_ratio")
 # Counts of things, which have no unit.
 COUNTS = {"datamix_requests_total", "datamix_batches_total", "datamix_open_streams"}
@@ -33,7 +33,7 @@ def exported(metric: Metric) -> str:
 
 def busy_system() -> tuple[Statistics, Traffic]:
     """Totals as they stand after some work."""
-    statistics = Statistics(busy_s=0.5, batches=3, rows=12, queue_s=0.1)
+    statistics = Statistics(busy_s=0.5, batches=3, rows=12, queue_s=0.1, copied_bytes=700)
     statistics.close_reasons.update({"engine_free": 2, "full": 1})
     traffic = Traffic(received_bytes=1000, sent_bytes=2000, open_streams=2)
     traffic.requests.update({"ok": 4, "429": 1})
@@ -104,6 +104,8 @@ def test_values_arrive_under_their_labels() -> None:
     assert value("datamix_engine_busy_seconds_total") == 0.5
     assert value("datamix_received_bytes_total") == 1000
     assert value("datamix_sent_bytes_total") == 2000
+    assert value("datamix_copied_bytes_total", step="receive") == 1000
+    assert value("datamix_copied_bytes_total", step="batch") == 700
     assert value("datamix_queue_rows") == 5
     assert value("datamix_open_streams") == 2
     assert value("datamix_batch_rows_sum") == 8
