@@ -7,7 +7,7 @@ import re
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deployments.batcher import Statistics
+from deployments.dispatch import Statistics
 from deployments.metrics import TABLE, Metric, PrometheusBackend, Recorder, Traffic
 from deployments.waiting import Timing
 
