@@ -23,6 +23,7 @@ from datamix.errors import ConfigError, NotFound, TooLarge, WireError
 from deployments import oip, websocket
 from deployments.batcher import Batcher
 from deployments.config import Config
+from deployments.cores import let_threads_sleep
 from deployments.engine import Block, Engine, Rows, parse_engine
 from deployments.engines import echo_engine, torch_engine
 from deployments.metrics import Backend, RayBackend, Recorder, Traffic
@@ -220,6 +221,7 @@ def build_engine(config: Config) -> tuple[str, str, Engine]:
         BundleError: the bundle cannot be read or trusted.
         ConfigError: the device or dtype cannot be had.
     """
+    let_threads_sleep()  # before anything loads torch
     text = parse_engine(config.engine)
     if config.bundle is None:
         assert config.echo_shape is not None  # Config holds this
