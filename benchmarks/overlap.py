@@ -10,82 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
 import statistics
 import time
 from typing import Any
 from unittest import mock
 
-import numpy as np
-
 from benchmarks import report
-from datamix.errors import DataMixError
-from deployments.batcher import Batcher
+from benchmarks.inprocess import ROWS, Run
 from deployments.emulated import Cost, EmulatedEngine
-from deployments.engine import Rows
-from deployments.waiting import Computed, Job
 
 SHAPE = (4, 1, 1)
-ROWS = 4
 
 
-class Run:
-    """One batcher under load, and what its requests lived."""
-
-    def __init__(self, cost: Cost, depth: int, max_batch_rows: int) -> None:
-        """Start a batcher; on a running event loop."""
-        self.engine = EmulatedEngine([SHAPE], [cost], name="overlap", depth=depth)
-        self.batcher = Batcher(
-            self.engine,
-            asyncio.get_running_loop(),
-            max_batch_rows=max_batch_rows,
-            max_queue_rows=1 << 20,
-        )
-        self.rows = Rows(np.zeros((ROWS, *SHAPE), np.float32), None)
-        self.latencies_s: list[float] = []
-        self.open = 0
-
-    def ask(self, due: float) -> None:
-        """Offer one request that was due then."""
-
-        def done(outcome: Computed | DataMixError) -> None:
-            self.open -= 1
-            if isinstance(outcome, Computed):
-                self.latencies_s.append(time.monotonic() - due)
-
-        self.open += 1
-        self.batcher.offer(Job(0, self.rows, done))
-
-    async def saturate(self, seconds: float, waiting: int) -> float:
-        """Keep ``waiting`` requests in the system; rows per second."""
-        await self._fill(min(2.0, seconds / 4), waiting)
-        before, start = self.batcher.statistics.rows, time.monotonic()
-        await self._fill(seconds, waiting)
-        return (self.batcher.statistics.rows - before) / (time.monotonic() - start)
-
-    async def _fill(self, seconds: float, waiting: int) -> None:
-        until = time.monotonic() + seconds
-        while (now := time.monotonic()) < until:
-            for _ in range(waiting - self.open):
-                self.ask(now)
-            await asyncio.sleep(0.0005)
-
-    async def load(self, seconds: float, rate: float, seed: int) -> None:
-        """Poisson arrivals at ``rate`` requests per second, on schedule whatever happens."""
-        rng = random.Random(seed)
-        due = start = time.monotonic()
-        while due < start + seconds:
-            due += rng.expovariate(rate)
-            if (early_s := due - time.monotonic()) > 0:
-                await asyncio.sleep(early_s)
-            self.ask(due)
-        while self.open:
-            await asyncio.sleep(0.001)
+def emulated(cost: Cost, depth: int) -> EmulatedEngine:
+    """The engine of one arm."""
+    return EmulatedEngine([SHAPE], [cost], name="overlap", depth=depth)
 
 
 async def capacity(cost: Cost, depth: int, max_batch_rows: int, seconds: float) -> float:
     """Rows per second of a saturated batcher."""
-    run = Run(cost, depth, max_batch_rows)
+    run = Run(emulated(cost, depth), max_batch_rows)
     found = await run.saturate(seconds, 6 * max_batch_rows // ROWS)
     await run.batcher.drain(60)
     return found
@@ -95,7 +39,7 @@ async def under_load(
     cost: Cost, depth: int, max_batch_rows: int, seconds: float, rows_per_s: float, seed: int
 ) -> dict[str, float]:
     """Latencies and batch sizes at an offered rate; the first tenth only teaches the model."""
-    run = Run(cost, depth, max_batch_rows)
+    run = Run(emulated(cost, depth), max_batch_rows)
     await run.load(seconds / 10, rows_per_s / ROWS, seed + 1000)
     before = (run.batcher.statistics.batches, run.batcher.statistics.rows, run.batcher.busy_s)
     run.latencies_s.clear()

@@ -108,7 +108,8 @@ def serve(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="What the engine computes in.")
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="What the engine computes in; auto: bfloat16 where it is native."),
     ] = "float32",
     threads: Annotated[int | None, typer.Option(help="CPU threads of one forward.")] = None,
     max_batch_rows: Annotated[int, typer.Option(help="Rows in a batch at most.")] = 256,

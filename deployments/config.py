@@ -19,9 +19,14 @@ class Config(BaseModel):
             batch, or ``emulated:PATH.json`` which sleeps as long as the profile says.
         echo_shape: row shape that a null or emulated engine echoes where there is no bundle.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: what the engine computes in.
-        channels_last: memory format of batches and weights.
-        threads: CPU threads of one forward; None leaves torch's own choice.
+        dtype: what the engine computes in. ``float16`` on CUDA only, ``bfloat16`` where the
+            hardware has it, ``auto`` is bfloat16 there and float32 elsewhere. Bundles promise their
+            tolerance for float32.
+        channels_last: memory format of batches and weights; ``auto`` is what was measured best.
+        optimise: ``fuse`` folds norms into convolutions, ``none`` runs the modules as they are.
+        graphs: on CUDA, record a graph per block and batch size and pad batches to the next size.
+        threads: CPU threads of one forward; None for all cores this process may use (affinity,
+            control group, ``OMP_NUM_THREADS``).
         max_batch_rows: rows in a batch at most.
         max_queue_rows: rows waiting at most; beyond it requests are shed with 429.
         max_queue_bytes: bytes of the rows waiting at most; beyond it, too, requests are shed.
@@ -40,8 +45,10 @@ class Config(BaseModel):
     engine: str = "torch"
     echo_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    channels_last: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    channels_last: bool | Literal["auto"] = "auto"
+    optimise: Literal["none", "fuse"] = "fuse"
+    graphs: bool = True
     threads: int | None = Field(default=None, ge=1)
     max_batch_rows: int = Field(default=256, ge=1)
     max_queue_rows: int = Field(default=8192, ge=1)
@@ -59,6 +66,8 @@ class Config(BaseModel):
             check_device(self.device)
         except ConfigError as error:
             raise ValueError(str(error)) from error
+        if self.dtype == "float16" and self.device == "cpu":
+            raise ValueError("dtype is 'float16', expected another one on the processor")
         if self.bundle is None and (kind == "torch" or self.echo_shape is None):
             raise ValueError(
                 "no bundle is given; only a null or emulated engine with echo_shape can do without"

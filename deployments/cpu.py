@@ -1,7 +1,9 @@
-"""The backbone on torch: CPU or CUDA, float32 or bfloat16, rows converted once.
+"""The backbone on this machine's processor.
 
-The engine owns its batch buffer, so rows are copied once: from the message's bytes into the buffer,
-converted on the way.
+Rows are copied once: from the message's bytes into the engine's batch, converted to float32 and
+laid out as the convolutions want them on the way. `benchmarks/engine.py` measures what each setting
+gains; the defaults are what it found best. A frozen TorchScript graph and ``torch.compile`` are not
+offered, because they gained nothing that could be told from noise.
 """
 
 from __future__ import annotations
@@ -9,19 +11,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import accumulate
 
 import numpy as np
+import torch
 
 from datamix.errors import ConfigError
-from deployments.engine import Block, Engine, Pending, Rows, Settled, check_device
+from deployments.cores import has_bfloat16, usable_cores
+from deployments.engine import Array, Block, Engine, Pending, Rows, Settled
+from deployments.fuse import Optimise, prepare
 
-if TYPE_CHECKING:
-    import torch
 
-
-class TorchEngine(Engine):
-    """The backbone on torch: CPU or CUDA, float32 or bfloat16, rows converted once."""
+class CpuEngine(Engine):
+    """Computes a batch when it is started, on all cores it may use."""
 
     def __init__(
         self,
@@ -29,76 +31,99 @@ class TorchEngine(Engine):
         blocks: Sequence[Block],
         *,
         max_batch_rows: int,
-        device: str = "cpu",
         dtype: str = "float32",
-        channels_last: bool = False,
+        channels_last: bool = True,
+        optimise: Optimise = "fuse",
         threads: int | None = None,
     ) -> None:
-        """Move the backbone to ``device`` and make room for batches of ``max_batch_rows``.
+        """Get the modules ready, one per block, and make room for ``max_batch_rows``.
+
+        Args:
+            backbone: the modules, float32; they are left as they are.
+            blocks: their shapes.
+            max_batch_rows: rows of a batch at most.
+            dtype: ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the processor has it.
+            channels_last: memory format of batches and weights.
+            optimise: ``fuse`` folds norms into convolutions (:mod:`deployments.fuse`).
+            threads: of one forward; None for :func:`deployments.cores.usable_cores`.
 
         Raises:
-            ConfigError: the device is not there, or ``dtype`` is neither float32 nor bfloat16.
+            ConfigError: ``dtype`` is another one, or bfloat16 and the processor has it not.
         """
-        import torch
-
-        if dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"engine dtype is {dtype!r}, expected float32 or bfloat16")
-        check_device(device)
-        index = int(device.partition(":")[2] or 0)
-        if device != "cpu" and index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"engine device is {device!r}, but torch finds {torch.cuda.device_count()} CUDA "
-                "devices here"
-            )
-        if threads is not None:
-            torch.set_num_threads(threads)
+        dtype = cpu_dtype(dtype)
+        # torch keeps this per process: the engine made last decides.
+        torch.set_num_threads(usable_cores() if threads is None else threads)
         # Rows are read-only views of a message, which torch warns of once; nothing writes to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        self.name = f"torch:{device}:{dtype}"
+        self.name = f"torch:cpu:{dtype}"
         self.blocks = list(blocks)
-        self._torch = torch
-        self._device = torch.device(device)
-        self._dtype = getattr(torch, dtype)
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
-        self._modules = backbone.to(self._device, self._dtype).eval()
-        if channels_last:
-            self._modules = self._modules.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # One buffer for all blocks: batches run one at a time. Page-locked memory lets the copy to
-        # a GPU go on beside the host.
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._channels_last = channels_last
+        self._modules = [
+            prepare(module, self._dtype, channels_last, optimise) for module in backbone
+        ]
+        # One buffer for all blocks: batches run one at a time.
         size = max_batch_rows * max(math.prod(block.input_shape) for block in blocks)
-        self._buffer = torch.empty(
-            size, dtype=torch.float32, pin_memory=self._device.type == "cuda"
-        )
+        self._buffer = torch.empty(size, dtype=torch.float32)
 
     def start(self, block: int, requests: Sequence[Rows]) -> Pending:
         """One forward over the rows of all requests."""
-        torch = self._torch
         counts = [len(request.features) for request in requests]
-        shape = (sum(counts), *self.blocks[block].input_shape)
-        batch = self._buffer[: math.prod(shape)].view(shape)
         with torch.inference_mode():
-            parts = torch.split(batch, counts)
-            for part, rows in zip(parts, requests, strict=True):
+            staged = self._batch(sum(counts), block)
+            for part, rows in zip(torch.split(staged, counts), requests, strict=True):
                 self._fill(part, rows)
-            copied = batch.nbytes
-            batch = batch.to(self._device, non_blocking=True).to(self._dtype)
-            if self._format is torch.channels_last:
-                batch = batch.contiguous(memory_format=self._format)
+            batch = staged.to(self._dtype)  # keeps the memory format
+            copied = staged.nbytes if batch is staged else staged.nbytes + batch.nbytes
             output = self._modules[block](batch)
-            # float16 is what most requests want back; torch converts 20 times faster than numpy,
-            # and from a GPU half as many bytes come home. Values too large for it become Inf,
-            # which the encoder refuses.
+            # float16 is what most requests want back, and torch converts 20 times faster than
+            # numpy. Values too large for it become Inf, which the encoder refuses.
             half = all(rows.features.dtype == np.float16 for rows in requests)
-            output = output.to("cpu", torch.float16 if half else torch.float32).contiguous()
+            output = output.to(torch.float16 if half else torch.float32).contiguous()
             if output.untyped_storage().data_ptr() == self._buffer.untyped_storage().data_ptr():
                 # A block that hands its input on: the next batch would overwrite it while this
                 # one's responses are still being written.
                 output = output.clone()
-        return Settled([part.numpy() for part in torch.split(output, counts)], copied)
+        return Settled(divide(output.numpy(), counts), copied)
+
+    def _batch(self, rows: int, block: int) -> torch.Tensor:
+        """The front of the buffer as (rows, *input_shape), in the engine's memory format."""
+        shape = (rows, *self.blocks[block].input_shape)
+        flat = self._buffer[: math.prod(shape)]
+        if not self._channels_last or len(shape) != 4:
+            return flat.view(shape)
+        rows, channels, height, width = shape
+        return flat.view(rows, height, width, channels).permute(0, 3, 1, 2)
 
     def _fill(self, part: torch.Tensor, rows: Rows) -> None:
         """Copy one request's rows into the batch, as float32."""
-        part.copy_(self._torch.from_numpy(rows.features))
+        part.copy_(torch.from_numpy(rows.features))
         if rows.scale is not None:
-            scale = self._torch.from_numpy(rows.scale.copy())
+            scale = torch.from_numpy(rows.scale.copy())
             part.mul_(scale.view(-1, *[1] * (part.ndim - 1)))
+
+
+def cpu_dtype(dtype: str) -> str:
+    """The dtype to compute in on this processor.
+
+    Raises:
+        ConfigError: not one that it can compute in.
+    """
+    if dtype == "auto":
+        return "bfloat16" if has_bfloat16() else "float32"
+    if dtype == "bfloat16" and not has_bfloat16():
+        raise ConfigError(
+            "engine dtype is 'bfloat16', but this processor has no instructions for it, expected "
+            "'float32' or 'auto'"
+        )
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(
+            f"engine dtype is {dtype!r}, expected float32, bfloat16 or auto on the processor"
+        )
+    return dtype
+
+
+def divide(output: Array, counts: Sequence[int]) -> list[Array]:
+    """The rows of each request, as views."""
+    ends = list(accumulate(counts))
+    return [output[end - count : end] for end, count in zip(ends, counts, strict=True)]

@@ -1,11 +1,10 @@
-"""Which engine the settings mean."""
+"""Which engine the settings mean. Torch is loaded where it is needed, and not before."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from deployments.cpu import TorchEngine
 from deployments.emulated import emulated
 from deployments.engine import Block, EchoEngine, Engine, EngineText, Shape
 
@@ -28,12 +27,30 @@ def torch_engine(modules: torch.nn.ModuleList, blocks: Sequence[Block], config: 
     Raises:
         ConfigError: the device or dtype cannot be had.
     """
-    return TorchEngine(
+    # Measured on the processor, and what tensor cores want on a GPU.
+    channels_last = True if config.channels_last == "auto" else config.channels_last
+    if config.device == "cpu":
+        from deployments.cpu import CpuEngine
+
+        return CpuEngine(
+            modules,
+            blocks,
+            max_batch_rows=config.max_batch_rows,
+            dtype=config.dtype,
+            channels_last=channels_last,
+            optimise=config.optimise,
+            threads=config.threads,
+        )
+    from deployments.cuda import CudaEngine
+    from deployments.streams import CudaGpu
+
+    return CudaEngine(
         modules,
         blocks,
+        CudaGpu(config.device),
         max_batch_rows=config.max_batch_rows,
-        device=config.device,
         dtype=config.dtype,
-        channels_last=config.channels_last,
-        threads=config.threads,
+        channels_last=channels_last,
+        optimise=config.optimise,
+        graphs=config.graphs,
     )

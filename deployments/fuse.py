@@ -8,11 +8,25 @@ from __future__ import annotations
 
 from collections import Counter
 from copy import deepcopy
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from datamix.models import ScaleNorm
+
+Optimise = Literal["none", "fuse"]
+
+
+def prepare(
+    module: nn.Module, dtype: torch.dtype, channels_last: bool, optimise: Optimise
+) -> nn.Module:
+    """A copy of one block's module for inference: norms folded, converted, laid out."""
+    ready = fuse(module) if optimise == "fuse" else deepcopy(module).eval().requires_grad_(False)
+    ready = ready.to(dtype)
+    if channels_last:
+        ready = ready.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return ready
 
 
 class Factor(nn.Module):

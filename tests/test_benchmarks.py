@@ -1,6 +1,10 @@
 """The page of benchmarks says what the results say."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +39,17 @@ def test_a_missed_target_is_called_so() -> None:
     assert ">= 30: **missed**" in page.section("data_plane", result)
     result["figures"] = {"ratio_to_default_serve": 30.0}
     assert ">= 30: met" in page.section("data_plane", result)
+
+
+def test_without_a_gpu_its_benchmark_says_so_in_one_sentence() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "benchmarks.gpu: found no CUDA device with nvidia-smi here, expected one\n"
+    )

@@ -35,6 +35,7 @@ def test_settings_may_come_as_text() -> None:
         {"bundle": "b", "max_batch_rows": "512", "channels_last": "true", "health_timeout_s": "2.5"}
     )
     assert (config.max_batch_rows, config.channels_last) == (512, True)
+    assert Config.model_validate({"bundle": "b", "channels_last": "auto"}).channels_last == "auto"
     assert config.health_timeout_s == 2.5
 
 
@@ -89,7 +90,14 @@ ENGINE = "expected torch, null, emulated:a_s,b_s in seconds or emulated:PATH.jso
             "max_queue_bytes is 16777216, expected at least twice max_request_bytes (8388609), "
             "or the largest requests would be shed for ever",
         ),
-        ({"bundle": "b", "dtype": "float16"}, "dtype: Input should be 'float32' or 'bfloat16'"),
+        (
+            {"bundle": "b", "dtype": "float64"},
+            "dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'",
+        ),
+        (
+            {"bundle": "b", "dtype": "float16"},
+            "dtype is 'float16', expected another one on the processor",
+        ),
         ({"bundle": "b", "threads": 0}, "threads: Input should be greater than or equal to 1"),
         (
             {"bundle": "b", "max_request_bytes": 17 << 20},
