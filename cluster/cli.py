@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from datamix.errors import ConfigError, DataMixError
+
+if TYPE_CHECKING:
+    from deployments.config import Config
 
 app = typer.Typer(
     name="datamix",
@@ -101,7 +104,11 @@ def serve(
         str | None, typer.Option(help="A running Ray cluster: auto or host:port; else our own.")
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="torch; null does nothing; emulated:a_s,b_s sleeps a + b * rows.")
+        str,
+        typer.Option(
+            help="torch; null does nothing; emulated:a_s,b_s sleeps a + b * rows, "
+            "emulated:PATH.json as long as that profile says."
+        ),
     ] = "torch",
     echo_shape: Annotated[
         str | None, typer.Option(help="Row shape of null or emulated without a bundle: C,H,W.")
@@ -116,29 +123,78 @@ def serve(
     replicas: Annotated[int, typer.Option(help="Replicas of the backbone.")] = 1,
 ) -> None:
     """Serve a bundle's backbone in the foreground; Ctrl-C takes everything down."""
+    from cluster.serve import serve as run
+
+    # Replicas run in a folder of their own.
+    if bundle is not None and Path(bundle).exists():
+        bundle = str(Path(bundle).resolve())
+    kind, _, path = engine.partition(":")
+    if kind == "emulated" and Path(path).is_file():
+        engine = f"{kind}:{Path(path).resolve()}"
+    config = _config(
+        bundle=bundle,
+        engine=engine,
+        echo_shape=echo_shape.split(",") if echo_shape else None,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        max_batch_rows=max_batch_rows,
+        max_request_rows=min(128, max_batch_rows),
+    )
+    run(config, port=port, replicas=replicas, address=address)
+
+
+def _config(**settings: Any) -> Config:
+    """The application's settings from those of a command line.
+
+    Raises:
+        ConfigError: one of them will not do.
+    """
     from pydantic import ValidationError
 
-    from cluster.serve import serve as run
     from deployments.config import Config
 
-    if bundle is not None and Path(bundle).exists():
-        bundle = str(Path(bundle).resolve())  # replicas run in a folder of their own
     try:
-        config = Config(
-            bundle=bundle,
-            engine=engine,
-            echo_shape=echo_shape.split(",") if echo_shape else None,  # type: ignore[arg-type]
-            device=device,
-            dtype=dtype,
-            threads=threads,
-            max_batch_rows=max_batch_rows,
-            max_request_rows=min(128, max_batch_rows),
-        )
+        return Config(**settings)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{where}: {first['msg']}" if where else first["msg"]) from None
-    run(config, port=port, replicas=replicas, address=address)
+
+
+@app.command("profile-engine")
+def profile_engine(
+    bundle: Annotated[str, typer.Option(help="Folder or URI of the bundle.")],
+    json_path: Annotated[Path, typer.Option("--json", help="Write the profile to this file.")],
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="What the engine computes in; auto: bfloat16 where it is native."),
+    ] = "float32",
+    threads: Annotated[int | None, typer.Option(help="CPU threads of one forward.")] = None,
+    max_batch_rows: Annotated[int, typer.Option(help="The largest batch to measure.")] = 256,
+    rounds: Annotated[int, typer.Option(help="How often to measure each size.")] = 7,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the profile; else the bundle's and the device.")
+    ] = None,
+    machine: Annotated[
+        str | None, typer.Option(help="What it is measured on; else the processor or GPU found.")
+    ] = None,
+) -> None:
+    """Measure what batches cost here, for `--engine emulated:PATH.json` anywhere."""
+    from deployments.profiling import profile, table
+
+    config = _config(
+        bundle=bundle,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        max_batch_rows=max_batch_rows,
+        max_request_rows=min(128, max_batch_rows),
+    )
+    found = profile(config, rounds=rounds, name=name, machine=machine)
+    print(table(found))
+    json_path.write_text(found.model_dump_json(indent=1) + "\n")
 
 
 @app.command()

@@ -225,13 +225,13 @@ def build_engine(config: Config) -> tuple[str, str, Engine]:
     text = parse_engine(config.engine)
     if config.bundle is None:
         assert config.echo_shape is not None  # Config holds this
-        return "echo", "1", echo_engine(text, [config.echo_shape])
+        return "echo", "1", echo_engine(text, [config.echo_shape], config)
     from datamix.bundle import load_backbone, read_manifest
 
     if text.kind != "torch":
         manifest = read_manifest(config.bundle)
         shapes = [block.input_shape for block in manifest.blocks]
-        return manifest.name, manifest.version, echo_engine(text, shapes)
+        return manifest.name, manifest.version, echo_engine(text, shapes, config)
     manifest, modules = load_backbone(config.bundle)
     blocks = [Block(block.input_shape, block.output_shape) for block in manifest.blocks]
     return manifest.name, manifest.version, torch_engine(modules, blocks, config)

@@ -14,11 +14,24 @@ if TYPE_CHECKING:
     from deployments.config import Config
 
 
-def echo_engine(text: EngineText, shapes: Sequence[Shape]) -> Engine:
-    """The null or emulated engine for blocks of the given row shapes."""
+def echo_engine(text: EngineText, shapes: Sequence[Shape], config: Config) -> Engine:
+    """The null or emulated engine for blocks of the given row shapes.
+
+    Without a bundle, the one shape there is serves for all blocks of a profile.
+
+    Raises:
+        ConfigError: the profile cannot be read, or does not fit the blocks or the settings.
+    """
     if text.kind == "null":
         return EchoEngine(shapes)
-    return emulated(shapes, text.a_s, text.b_s)
+    if text.profile is None:
+        return emulated(shapes, text.a_s, text.b_s)
+    from deployments.profile import emulate, read_profile
+
+    profile = read_profile(text.profile)
+    if config.bundle is None:
+        shapes = [*shapes] * len(profile.blocks)
+    return emulate(profile, shapes, config.max_batch_rows)
 
 
 def torch_engine(modules: torch.nn.ModuleList, blocks: Sequence[Block], config: Config) -> Engine:
