@@ -28,7 +28,7 @@ from datamix.models import Architecture, block_shapes, build
 from deployments.cuda import CudaEngine
 from deployments.engine import Block
 from deployments.fuse import prepare
-from deployments.streams import CudaGpu
+from deployments.gpu import CudaGpu
 
 
 def all_cases(bundle: str) -> dict[str, Case]:

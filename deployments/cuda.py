@@ -2,7 +2,7 @@
 
 **Not measured on a GPU yet.** Its logic is tested on the processor, with a GPU that does everything
 as late and in as odd an order as the streams allow (`tests/fake_gpu.py`); what it gains, and
-whether the CUDA calls of :mod:`deployments.streams` do what they should, `benchmarks/gpu.py` has to
+whether the CUDA calls of :mod:`deployments.gpu` do what they should, `benchmarks/gpu.py` has to
 show.
 
 Each of the two batches under way has a slot: page-locked memory that its rows are packed into as
@@ -34,7 +34,7 @@ from datamix.errors import ConfigError
 from deployments.engine import Array, Block, Engine, Pending, Rows, Shape
 from deployments.fuse import Optimise, prepare
 from deployments.staging import Layout, lay_out, most_bytes, pack, view
-from deployments.streams import Event, Gpu
+from deployments.gpu import Event, Gpu
 
 
 def buckets(most: int) -> list[int]:

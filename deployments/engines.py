@@ -55,7 +55,7 @@ def torch_engine(modules: torch.nn.ModuleList, blocks: Sequence[Block], config: 
             threads=config.threads,
         )
     from deployments.cuda import CudaEngine
-    from deployments.streams import CudaGpu
+    from deployments.gpu import CudaGpu
 
     return CudaEngine(
         modules,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deployments.streams import Event, Stream
+from deployments.gpu import Event, Stream
 
 
 class Mark:

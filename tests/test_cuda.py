@@ -17,7 +17,7 @@ from datamix.errors import ConfigError
 from deployments.cpu import CpuEngine
 from deployments.cuda import CudaEngine, buckets
 from deployments.engine import ROUNDING, TOLERANCE, Array, Block, Pending, Rows
-from deployments.streams import CudaGpu
+from deployments.gpu import CudaGpu
 from tests.fake_gpu import FakeGpu
 from tests.rows import SIZES, assert_close, requests, shapes
 from tests.test_cpu import BLOCKS, backbone
