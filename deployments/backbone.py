@@ -26,6 +26,7 @@ from deployments.config import Config
 from deployments.engine import Block, EchoEngine, Engine, Rows, TorchEngine, parse_engine
 from deployments.metrics import Backend, RayBackend, Recorder, Traffic
 from deployments.protocol import Protocol
+from deployments.tokens import Tokens
 
 _PUBLISH_PERIOD_S = 1.0
 
@@ -44,13 +45,15 @@ class Backbone:
 
         Raises:
             BundleError: the bundle cannot be read or trusted.
-            ConfigError: the settings do not fit the bundle or this machine.
+            ConfigError: the settings do not fit the bundle or this machine, or ``tokens_file``
+                cannot be read.
         """
         loop = asyncio.get_running_loop()
         websocket.install()  # Ray starts this replica's server after the constructor
         self.config = config
         self.clock = time.monotonic
         self.traffic = Traffic()
+        self.tokens = None if config.tokens_file is None else Tokens(config.tokens_file, self.clock)
         self.model, self.version, self.engine = build_engine(config)
         self._warm_up()
         self._recorder = Recorder(backend or RayBackend(), self.model)

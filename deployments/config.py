@@ -29,6 +29,8 @@ class Config(BaseModel):
         max_request_bytes: bytes of a message at most, as received and inflated.
         max_request_rows: rows of a message at most.
         max_stream_requests: requests of one stream in flight at most; then reading stops.
+        tokens_file: file of the bearer tokens that are let in (docs/security.md), at the same place
+            on every node; None lets everybody in.
         health_timeout_s: how long the engine may take to answer a health probe.
     """
 
@@ -47,6 +49,7 @@ class Config(BaseModel):
     max_request_bytes: int = Field(default=8 << 20, ge=1024, le=16 << 20)
     max_request_rows: int = Field(default=128, ge=1)
     max_stream_requests: int = Field(default=128, ge=1)
+    tokens_file: str | None = Field(default=None, min_length=1)
     health_timeout_s: float = Field(default=8.0, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@
 
 A request is decoded and checked on the event loop, before it can enter a batch. Every fault has its
 row in the table of docs/wire.md and leaves the connection and all other requests untouched.
+Where the application has tokens, they are checked before anything else of a request is looked at.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from datamix.errors import (
     NotAllowed,
     NotFound,
     TooLarge,
+    Unauthorized,
     Unavailable,
     Unsupported,
     WireError,
@@ -52,6 +54,9 @@ _ROUTE = re.compile(
     r"/v2/models/(?P<model>[^/]+)(/versions/(?P<version>[^/]+))?"
     r"(/(?P<action>infer|stream|ready|config))?/?"
 )
+
+# Load balancers ask these, and have no token.
+_OPEN = frozenset({"/v2/health/live", "/v2/health/ready"})
 
 
 class Route(NamedTuple):
@@ -133,6 +138,8 @@ class Protocol:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             path = scope["path"]
+            if scope["method"] != "GET" or path not in _OPEN:
+                self._authorise(scope)
             if scope["method"] == "POST":
                 if path == "/v2/repository/index":
                     await self._index(scope, receive, send)
@@ -148,7 +155,7 @@ class Protocol:
                 raise NotAllowed(f"method is {scope['method']}, expected GET or POST")
         except Exception as fault:
             error = _presentable(fault)
-            if scope["method"] == "POST":
+            if scope["method"] == "POST" or isinstance(error, Unauthorized):
                 self._count(error)
             await _reply_error(send, error)
 
@@ -270,10 +277,13 @@ class Protocol:
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         await receive()  # websocket.connect
         try:
+            self._authorise(scope)
             route = self._route(scope["path"])
             if route.action != "stream":
                 raise NotFound(f"no stream is at {scope['path'][:200]!r}")
         except DataMixError as error:
+            if isinstance(error, Unauthorized):
+                self._count(error)
             await _reply_error(send, error, kind="websocket.http.response")
             return
         messages: Messages = scope["extensions"][EXTENSION]
@@ -313,6 +323,13 @@ class Protocol:
             reply(wire.peek_request_id(body or b""), _presentable(error))
 
     # --- both ---
+
+    def _authorise(self, scope: Scope) -> bytes | None:
+        """Refuse who has no token; return its digest, or None where none is needed."""
+        tokens = self._backbone.tokens
+        if tokens is None:
+            return None
+        return tokens.check(next((v for k, v in scope["headers"] if k == b"authorization"), b""))
 
     def _route(self, path: str) -> Route:
         """Read a path and check that this replica serves its model and version."""
@@ -420,5 +437,7 @@ async def _reply_error(send: Send, error: DataMixError, kind: str = "http.respon
     extra: tuple[tuple[bytes, bytes], ...] = ()
     if error.retry_after_s is not None:  # whole seconds, as HTTP wants them
         extra = ((b"retry-after", str(math.ceil(error.retry_after_s)).encode()),)
+    if isinstance(error, Unauthorized):
+        extra = ((b"www-authenticate", b"Bearer"),)
     body = json.dumps({"error": str(error)}).encode()
     await _reply(send, error.status, "application/json", body, extra=extra, kind=kind)
