@@ -26,6 +26,7 @@ from deployments.config import Config
 from deployments.engine import Block, EchoEngine, Engine, Rows, TorchEngine, parse_engine
 from deployments.metrics import Backend, RayBackend, Recorder, Traffic
 from deployments.protocol import Protocol
+from deployments.streams import Streams
 from deployments.tokens import Tokens
 
 _PUBLISH_PERIOD_S = 1.0
@@ -66,6 +67,8 @@ class Backbone:
             on_batch=self._recorder.batch,
             clock=self.clock,
         )
+        self.streams = Streams(config, self.traffic, self.tokens, self.clock)
+        self.streams.start()
         self._replica = secrets.token_hex(4)
         self._started = self.clock()
         self._publisher = loop.create_task(self._publish())
@@ -92,6 +95,7 @@ class Backbone:
         try:
             await self.batcher.drain(timeout_s)
         finally:
+            self.streams.stop()
             self._publisher.cancel()
             await asyncio.gather(self._publisher, return_exceptions=True)
 
@@ -182,6 +186,7 @@ class Backbone:
             "requests": dict(self.traffic.requests),
             "close_reasons": dict(statistics.close_reasons),
             "open_streams": self.traffic.open_streams,
+            "streams_closed": dict(self.traffic.streams_closed),
             "received_bytes": self.traffic.received_bytes,
             "sent_bytes": self.traffic.sent_bytes,
         }

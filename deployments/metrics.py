@@ -57,6 +57,12 @@ TABLE: tuple[Metric, ...] = (
     Metric("datamix_sent_bytes_total", "counter", "Bytes of responses sent.", ("model",)),
     Metric("datamix_queue_rows", "gauge", "Rows waiting for the engine.", ("model",)),
     Metric("datamix_open_streams", "gauge", "WebSocket streams open.", ("model",)),
+    Metric(
+        "datamix_streams_closed_total",
+        "counter",
+        "WebSocket streams that ended, by why; deployments/streams.py lists the reasons.",
+        ("model", "reason"),
+    ),
     Metric("datamix_batch_rows", "histogram", "Rows per batch.", ("model",), _ROWS),
     Metric(
         "datamix_batch_compute_seconds",
@@ -143,12 +149,14 @@ class Traffic:
         received_bytes: bytes of requests, as messages.
         sent_bytes: bytes of responses, as messages.
         open_streams: WebSockets open now.
+        streams_closed: WebSockets that ended, by why.
         requests: requests answered, by outcome: ``ok`` or the HTTP status.
     """
 
     received_bytes: int = 0
     sent_bytes: int = 0
     open_streams: int = 0
+    streams_closed: Counter[str] = field(default_factory=Counter)
     requests: Counter[str] = field(default_factory=Counter)
 
 
@@ -175,6 +183,8 @@ class Recorder:
         """Publish what changed since the last call."""
         for outcome, count in list(traffic.requests.items()):
             self._advance("datamix_requests_total", count, outcome=outcome)
+        for reason, count in list(traffic.streams_closed.items()):
+            self._advance("datamix_streams_closed_total", count, reason=reason)
         for reason, count in list(statistics.close_reasons.items()):
             self._advance("datamix_batches_total", count, close_reason=reason)
         self._advance("datamix_rows_total", statistics.rows)

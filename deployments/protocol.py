@@ -34,6 +34,7 @@ from datamix.errors import (
 )
 from deployments import oip
 from deployments.engine import Rows
+from deployments.streams import Stream
 from deployments.waiting import Computed, Job
 from deployments.websocket import EXTENSION, Messages
 
@@ -65,43 +66,6 @@ class Route(NamedTuple):
     model: str
     version: str | None
     action: str
-
-
-class Stream:
-    """One WebSocket: its messages, and its requests that are not answered yet."""
-
-    def __init__(self, messages: Messages, limit: int) -> None:
-        """Answer through ``messages``; read no more while ``limit`` requests are unanswered."""
-        self._messages = messages
-        self._limit = limit
-        self._unanswered = 0
-        self._jobs: set[Job] = set()
-
-    def enter(self) -> None:
-        """Count one more request; at the limit the peer is not read from any more."""
-        self._unanswered += 1
-        if self._unanswered == self._limit:
-            self._messages.hold(True)
-
-    def answer(self, message: bytes) -> None:
-        """Write one response."""
-        self._messages.send(message)
-        self._unanswered -= 1
-        if self._unanswered == self._limit - 1:
-            self._messages.hold(False)
-
-    def watch(self, job: Job) -> None:
-        """Remember a queued request, in case the peer leaves."""
-        self._jobs.add(job)
-
-    def forget(self, job: Job) -> None:
-        """Let go of a request that is answered, and so of its message's memory."""
-        self._jobs.discard(job)
-
-    def abandon(self) -> None:
-        """Cancel what is still queued: the peer is gone."""
-        for job in self._jobs:
-            job.cancelled = True
 
 
 class Protocol:
@@ -277,7 +241,7 @@ class Protocol:
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         await receive()  # websocket.connect
         try:
-            self._authorise(scope)
+            token = self._authorise(scope)
             route = self._route(scope["path"])
             if route.action != "stream":
                 raise NotFound(f"no stream is at {scope['path'][:200]!r}")
@@ -287,15 +251,14 @@ class Protocol:
             await _reply_error(send, error, kind="websocket.http.response")
             return
         messages: Messages = scope["extensions"][EXTENSION]
-        stream = Stream(messages, self._limits.max_stream_requests)
+        streams = self._backbone.streams
+        stream = streams.open(messages, token)
         messages.on_message = lambda body: self._stream_request(body, route, stream)
-        self._backbone.traffic.open_streams += 1
         try:
             await send({"type": "websocket.accept"})
             await receive()  # websocket.disconnect; messages come by the other way
         finally:
-            self._backbone.traffic.open_streams -= 1
-            stream.abandon()
+            streams.close(stream)
 
     def _stream_request(self, body: bytes | None, route: Route, stream: Stream) -> None:
         stream.enter()

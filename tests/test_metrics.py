@@ -11,10 +11,15 @@ from deployments.batcher import Statistics
 from deployments.metrics import TABLE, Metric, PrometheusBackend, Recorder, Traffic
 from deployments.waiting import Timing
 
-LABELS = {"model", "outcome", "close_reason"}
+LABELS = {"model", "outcome", "close_reason", "reason"}
 UNITS = ("_seconds", "_bytes", "_rows", "_ratio")
 # Counts of things, which have no unit.
-COUNTS = {"datamix_requests_total", "datamix_batches_total", "datamix_open_streams"}
+COUNTS = {
+    "datamix_requests_total",
+    "datamix_batches_total",
+    "datamix_open_streams",
+    "datamix_streams_closed_total",
+}
 
 
 def samples(registry: CollectorRegistry) -> dict[str, float]:
@@ -37,6 +42,7 @@ def busy_system() -> tuple[Statistics, Traffic]:
     statistics.close_reasons.update({"engine_free": 2, "full": 1})
     traffic = Traffic(received_bytes=1000, sent_bytes=2000, open_streams=2)
     traffic.requests.update({"ok": 4, "429": 1})
+    traffic.streams_closed.update({"peer": 7, "idle": 2})
     return statistics, traffic
 
 
@@ -106,6 +112,8 @@ def test_values_arrive_under_their_labels() -> None:
     assert value("datamix_sent_bytes_total") == 2000
     assert value("datamix_queue_rows") == 5
     assert value("datamix_open_streams") == 2
+    assert value("datamix_streams_closed_total", reason="peer") == 7
+    assert value("datamix_streams_closed_total", reason="idle") == 2
     assert value("datamix_batch_rows_sum") == 8
     assert value("datamix_batch_rows_bucket", le="8.0") == 1
     assert value("datamix_batch_rows_bucket", le="4.0") == 0
