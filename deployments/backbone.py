@@ -99,6 +99,14 @@ class Backbone:
             self._publisher.cancel()
             await asyncio.gather(self._publisher, return_exceptions=True)
 
+    async def rotate_streams(self, share: float, within_s: float) -> int:
+        """Send a share of the devices elsewhere, oldest streams first: to replicas that are new.
+
+        Ray's ``handle.broadcast("rotate_streams", share, within_s)`` calls it on every replica. It
+        returns at once; see :meth:`deployments.streams.Streams.rotate`.
+        """
+        return self.streams.rotate(share, within_s)
+
     def check_model(self, model: str, version: str | None) -> None:
         """Refuse a model or version that is not served here.
 
