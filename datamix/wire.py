@@ -143,12 +143,14 @@ def quantise(values: Array, dtype: Dtype, *, check: bool = True) -> tuple[Array,
             values = np.ascontiguousarray(values, np.float32)
         if not is_finite(values):
             raise NonFinite("features hold NaN or Inf, expected finite values")
-        scale = np.abs(values).reshape(len(values), -1).max(axis=1) / np.float32(127)
+        flat = values.reshape(len(values), -1)
+        # The largest magnitude, without a copy that holds all of them.
+        scale = np.maximum(flat.max(axis=1), -flat.min(axis=1)) / np.float32(127)
         # Below the least normal float a scale is too coarse a number: 127 steps could miss the
         # largest value. A row of zeros is divided safely, too.
         scale = np.maximum(scale, np.finfo(np.float32).tiny)
-        steps = np.rint(values / scale.reshape(-1, *[1] * (values.ndim - 1)))
-        return steps.astype(np.int8), scale
+        steps = values / scale.reshape(-1, *[1] * (values.ndim - 1))
+        return np.rint(steps, out=steps).astype(np.int8), scale
     if dtype not in DTYPES:
         raise WireError(f"value type is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if values.dtype == dtype:

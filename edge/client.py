@@ -2,8 +2,8 @@
 
     inputs -> stem -> groups of K -> every round of each group through the cloud -> outputs
 
-Every attempt of a round sends the same bytes under the same request id, so the cloud may answer it
-twice without harm, and a retry tells it nothing new.
+Every attempt of a round sends the same mixtures under the same request id, so the cloud may answer
+it twice without harm, and a retry tells it nothing new but how much of the deadline is left.
 """
 
 from __future__ import annotations
@@ -206,12 +206,13 @@ class Client:
             return np.empty((0, len(self.device.manifest.class_names)), np.float32)
         features = await asyncio.to_thread(self.device.stem, prepared)
         size = self.device.manifest.group_size
-        if missing := -len(features) % size:
-            features = np.concatenate([features, decoys(missing, features.shape[1:])])
 
         async def group(start: int) -> Floats:
             async with self._slots:
-                return await self._infer_group(features[start : start + size])
+                members = features[start : start + size]
+                if missing := size - len(members):  # of the last group
+                    members = np.concatenate([members, decoys(missing, members.shape[1:])])
+                return await self._infer_group(members)
 
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -237,15 +238,19 @@ class Client:
         """One round: attempts until it is answered, the deadline passes or the budget is spent."""
         manifest = self.device.manifest
         request_id = secrets.token_hex(12)
-        message = wire.encode_request(
-            step.features,
-            request_id=request_id,
-            dtype=self._dtype,
-            model=manifest.name,
-            model_version=manifest.version,
-            block=step.block,
-            deadline_s=max(0.0, deadline - time.monotonic()),
-        )
+
+        def encode() -> bytes:
+            return wire.encode_request(
+                step.features,
+                request_id=request_id,
+                dtype=self._dtype,
+                model=manifest.name,
+                model_version=manifest.version,
+                block=step.block,
+                deadline_s=max(0.0, deadline - time.monotonic()),
+            )
+
+        message = encode()
         self._budget.earn()
         backoff_s = self.config.first_backoff_s
         while True:
@@ -255,8 +260,10 @@ class Client:
             except DataMixError as error:
                 if not error.retryable:
                     raise
-                wait_s = backoff_s * (0.5 + 0.5 * self._jitter.random())
-                wait_s = max(wait_s, error.retry_after_s or 0.0)
+                jitter = self._jitter.random()
+                wait_s = backoff_s * (0.5 + 0.5 * jitter)
+                if error.retry_after_s is not None:  # and not all at the same moment
+                    wait_s = max(wait_s, error.retry_after_s * (1 + 0.1 * jitter))
                 if time.monotonic() + wait_s >= deadline:
                     raise Unavailable(
                         f"gave up after {self.config.timeout_s:g} s; the last attempt: {error}"
@@ -267,6 +274,7 @@ class Client:
                     ) from error
             self.retries += 1
             await asyncio.sleep(wait_s)
+            message = encode()  # a cloud that believed the old deadline would compute in vain
             backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
 
     async def _attempt(self, message: bytes, request_id: str, left_s: float) -> Floats:
