@@ -14,7 +14,9 @@ class Config(BaseModel):
     """Settings of the backbone's application; unknown keys are refused.
 
     Attributes:
-        bundle: folder or URI of the bundle; only manifest and backbone weights are read.
+        bundle: folder or URI of the bundle, or several of them; only manifest and backbone weights
+            are read. The first bundle of a model is its current version, until `datamix models`
+            says otherwise.
         engine: ``torch``, ``null``, or ``emulated:a_s,b_s`` which sleeps a + b * rows seconds.
         echo_shape: row shape that a null or emulated engine echoes where there is no bundle.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
@@ -34,7 +36,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bundle: str | None = None
+    bundle: str | tuple[str, ...] | None = None
     engine: str = "torch"
     echo_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     device: str = "cpu"
@@ -49,6 +51,13 @@ class Config(BaseModel):
     max_stream_requests: int = Field(default=128, ge=1)
     health_timeout_s: float = Field(default=8.0, gt=0, allow_inf_nan=False)
 
+    @property
+    def bundles(self) -> tuple[str, ...]:
+        """The bundles as a tuple, empty where there is none."""
+        if isinstance(self.bundle, str):
+            return (self.bundle,)
+        return self.bundle or ()
+
     @model_validator(mode="after")
     def _agree(self) -> Config:
         try:
@@ -56,7 +65,7 @@ class Config(BaseModel):
             check_device(self.device)
         except ConfigError as error:
             raise ValueError(str(error)) from error
-        if self.bundle is None and (kind == "torch" or self.echo_shape is None):
+        if not self.bundles and (kind == "torch" or self.echo_shape is None):
             raise ValueError(
                 "no bundle is given; only a null or emulated engine with echo_shape can do without"
             )

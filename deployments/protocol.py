@@ -32,6 +32,7 @@ from datamix.errors import (
 )
 from deployments import oip
 from deployments.engine import Rows
+from deployments.model import ServedModel
 from deployments.waiting import Computed, Job
 from deployments.websocket import EXTENSION, Messages
 
@@ -60,6 +61,14 @@ class Route(NamedTuple):
     model: str
     version: str | None
     action: str
+
+
+class Answer(NamedTuple):
+    """The body of a good HTTP answer, its content type and further headers."""
+
+    body: bytes
+    media: str
+    extra: tuple[tuple[bytes, bytes], ...] = ()
 
 
 class Stream:
@@ -140,7 +149,7 @@ class Protocol:
                 route = self._route(path)
                 if route.action != "infer":
                     raise NotFound(f"nothing is to be posted at {path[:200]!r}")
-                await self._infer(scope, receive, send)
+                await self._infer(route, scope, receive, send)
             elif scope["method"] == "GET":
                 body = json.dumps(self._describe(path)).encode()
                 await _reply(send, 200, "application/json", body)
@@ -149,55 +158,61 @@ class Protocol:
         except Exception as fault:
             error = _presentable(fault)
             if scope["method"] == "POST":
-                self._count(error)
+                self._count(None, error)
             await _reply_error(send, error)
 
-    async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _infer(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+        model = self._backbone.catalog.find(route.model, route.version)
+        try:
+            body, media, extra = await self._answer(route, scope, receive)
+        except Exception as fault:
+            error = _presentable(fault)
+            self._count(model, error)
+            await _reply_error(send, error)
+            return
+        self._count(model, body)
+        self._backbone.traffic.sent_bytes += len(body)
+        await _reply(send, 200, media, body, extra=extra)
+
+    async def _answer(self, route: Route, scope: Scope, receive: Receive) -> Answer:
+        """Read one request in whichever protocol it came, and compute its answer."""
         media = _header(scope, b"content-type")
         kind = media.partition(";")[0].strip().lower()
         if kind == wire.MEDIA_TYPE:
-            await self._infer_arrow(scope, receive, send)
-        elif kind in ("", *oip.MEDIA_TYPES) or _header(scope, oip.LENGTH_HEADER):
+            return await self._answer_arrow(route, await self._body(scope, receive))
+        if kind in ("", *oip.MEDIA_TYPES) or _header(scope, oip.LENGTH_HEADER):
             # NVIDIA's tritonclient names no content type.
-            await self._infer_oip(scope, receive, send)
-        else:
-            raise Unsupported(
-                f"content type is {media[:100]!r}, expected {wire.MEDIA_TYPE!r} or one of "
-                f"{', '.join(oip.MEDIA_TYPES)}"
-            )
+            return await self._answer_oip(route, scope, receive)
+        raise Unsupported(
+            f"content type is {media[:100]!r}, expected {wire.MEDIA_TYPE!r} or one of "
+            f"{', '.join(oip.MEDIA_TYPES)}"
+        )
 
-    async def _infer_arrow(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await self._body(scope, receive)
+    async def _answer_arrow(self, route: Route, body: bytes) -> Answer:
         request = self._decode(body)
-        message = self._encode(request, await self._compute(request))
+        model = self._find(route, request)
+        message = _encode(model, request, await self._compute(model, request))
         if isinstance(message, DataMixError):
             raise message
-        self._count(message)
-        self._backbone.traffic.sent_bytes += len(message)
-        await _reply(send, 200, wire.MEDIA_TYPE, message)
+        return Answer(message, wire.MEDIA_TYPE)
 
-    async def _infer_oip(self, scope: Scope, receive: Receive, send: Send) -> None:
-        backbone = self._backbone
+    async def _answer_oip(self, route: Route, scope: Scope, receive: Receive) -> Answer:
         encoding = _header(scope, b"content-encoding")
         if encoding.lower() not in ("", "identity"):
             raise Unsupported(f"content encoding is {encoding[:100]!r}, expected none")
         body = await self._body(scope, receive)
-        backbone.traffic.received_bytes += len(body)
+        self._backbone.traffic.received_bytes += len(body)
         length = _header(scope, oip.LENGTH_HEADER)
         request = oip.decode_request(body, length, max_rows=self._limits.max_request_rows)
-        computed = await self._compute(request.wire)
-        answer = oip.encode_response(
-            request, computed, model=backbone.model, version=backbone.version
-        )
-        self._count(answer.body)
-        backbone.traffic.sent_bytes += len(answer.body)
+        model = self._find(route, request.wire)
+        computed = await self._compute(model, request.wire)
+        answer = oip.encode_response(request, computed, model=model.name, version=model.version)
         if answer.json_length is None:
-            await _reply(send, 200, "application/json", answer.body)
-        else:
-            extra = ((oip.LENGTH_HEADER, str(answer.json_length).encode()),)
-            await _reply(send, 200, "application/octet-stream", answer.body, extra=extra)
+            return Answer(answer.body, "application/json")
+        extra = ((oip.LENGTH_HEADER, str(answer.json_length).encode()),)
+        return Answer(answer.body, "application/octet-stream", extra)
 
-    async def _compute(self, request: wire.Request) -> Computed:
+    async def _compute(self, model: ServedModel, request: wire.Request) -> Computed:
         """Queue a request and wait for its batch; whoever stops waiting cancels it."""
         answer: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
 
@@ -209,7 +224,7 @@ class Protocol:
             else:
                 answer.set_result(outcome)
 
-        job = self._admit(request, done)
+        job = self._admit(model, request, done)
         try:
             return await answer
         finally:
@@ -217,7 +232,11 @@ class Protocol:
 
     async def _index(self, scope: Scope, receive: Receive, send: Send) -> None:
         backbone = self._backbone
-        models = [(backbone.model, backbone.version, backbone.ready)]
+        idle = "" if backbone.ready else "the replica is not ready"
+        models = [
+            (row["name"], row["version"], row["reason"] or idle)
+            for row in backbone.catalog.status()
+        ]
         index = oip.repository_index(models, await self._body(scope, receive))
         await _reply(send, 200, "application/json", json.dumps(index).encode())
 
@@ -253,16 +272,15 @@ class Protocol:
         if path == "/v2/stats":
             return backbone.stats()
         route = self._route(path)
+        model = backbone.catalog.find(route.model, route.version)
         if route.action == "":
-            return backbone.model_metadata()
+            return model.metadata(backbone.catalog.versions(model.name))
         if route.action == "ready":
             if not backbone.ready:
                 raise Unavailable(f"model {route.model!r} is not ready")
             return {"name": route.model, "ready": True}
         if route.action == "config":
-            return oip.model_config(
-                backbone.model, backbone.engine.blocks, self._limits.max_request_rows
-            )
+            return oip.model_config(model.name, model.engine.blocks, self._limits.max_request_rows)
         raise NotFound(f"nothing is to be read at {path[:200]!r}")
 
     # --- WebSocket ---
@@ -273,6 +291,7 @@ class Protocol:
             route = self._route(scope["path"])
             if route.action != "stream":
                 raise NotFound(f"no stream is at {scope['path'][:200]!r}")
+            self._backbone.catalog.find(route.model, route.version)
         except DataMixError as error:
             await _reply_error(send, error, kind="websocket.http.response")
             return
@@ -290,13 +309,14 @@ class Protocol:
     def _stream_request(self, body: bytes | None, route: Route, stream: Stream) -> None:
         stream.enter()
         job: Job | None = None
+        model: ServedModel | None = None
 
         def reply(request_id: str, outcome: bytes | DataMixError) -> None:
             nonlocal job
             if job is not None:
                 stream.forget(job)
                 job = None  # breaks the circle through job.done, so that memory is freed at once
-            self._count(outcome)
+            self._count(model, outcome)
             if isinstance(outcome, DataMixError):
                 outcome = wire.encode_error(
                     request_id, outcome.status, str(outcome), retry_after_s=outcome.retry_after_s
@@ -307,7 +327,9 @@ class Protocol:
         try:
             if body is None:
                 raise WireError("a text frame came on the stream, expected binary messages")
-            job = self._submit(body, route, reply)
+            request = self._decode(body)
+            model = self._find(route, request)
+            job = self._submit(model, request, reply)
             stream.watch(job)
         except Exception as error:
             reply(wire.peek_request_id(body or b""), _presentable(error))
@@ -315,20 +337,30 @@ class Protocol:
     # --- both ---
 
     def _route(self, path: str) -> Route:
-        """Read a path and check that this replica serves its model and version."""
+        """Read a path."""
         match = _ROUTE.fullmatch(path)
         if match is None:
             raise NotFound(f"nothing is at {path[:200]!r}")
-        route = Route(match["model"], match["version"], match["action"] or "")
-        self._backbone.check_model(route.model, route.version)
-        return route
+        return Route(match["model"], match["version"], match["action"] or "")
 
-    def _submit(self, body: bytes, route: Route, reply: Reply) -> Job:
-        """Decode, check and queue one request; ``reply`` gets its encoded response or the error."""
-        request = self._decode(body)
-        return self._admit(
-            request, lambda outcome: reply(request.request_id, self._encode(request, outcome))
-        )
+    def _find(self, route: Route, request: wire.Request) -> ServedModel:
+        """The model version that the path and the message name together."""
+        if request.model is not None and request.model != route.model:
+            raise NotFound(f"model of the message is {request.model!r}, expected {route.model!r}")
+        version = request.model_version
+        if version is None:
+            version = route.version
+        elif route.version is not None and version != route.version:
+            raise NotFound(f"version of the message is {version!r}, expected {route.version!r}")
+        return self._backbone.catalog.find(route.model, version)
+
+    def _submit(self, model: ServedModel, request: wire.Request, reply: Reply) -> Job:
+        """Check and queue one request; ``reply`` gets its encoded response or the error."""
+
+        def done(outcome: Computed | DataMixError) -> None:
+            reply(request.request_id, _encode(model, request, outcome))
+
+        return self._admit(model, request, done)
 
     def _decode(self, body: bytes) -> wire.Request:
         """Open one message."""
@@ -337,49 +369,57 @@ class Protocol:
             body, max_bytes=self._limits.max_request_bytes, max_rows=self._limits.max_request_rows
         )
 
-    def _admit(self, request: wire.Request, done: Callable[[Computed | DataMixError], None]) -> Job:
+    def _admit(
+        self,
+        model: ServedModel,
+        request: wire.Request,
+        done: Callable[[Computed | DataMixError], None],
+    ) -> Job:
         """Check and queue one request, in whichever protocol it came."""
-        backbone = self._backbone
-        backbone.check_request(request)
+        model.check(request)
         deadline_s = request.deadline_s
         job = Job(
             block=request.block,
             rows=Rows(request.features, request.scale),
             done=done,
-            deadline=None if deadline_s is None else backbone.clock() + deadline_s,
+            deadline=None if deadline_s is None else self._backbone.clock() + deadline_s,
             priority=request.priority,
         )
-        backbone.batcher.offer(job)
+        model.batcher.offer(job)
         return job
 
-    def _count(self, outcome: bytes | DataMixError) -> None:
-        """Count one answer."""
-        label = str(outcome.status) if isinstance(outcome, DataMixError) else "ok"
-        self._backbone.traffic.requests[label] += 1
-
-    def _encode(
-        self, request: wire.Request, outcome: Computed | DataMixError
-    ) -> bytes | DataMixError:
+    def _count(self, model: ServedModel | None, outcome: bytes | DataMixError) -> None:
+        """Count one answer, for its model where one was found."""
+        outcomes = self._backbone.traffic.astray if model is None else model.outcomes
         if isinstance(outcome, DataMixError):
-            return outcome
-        output, timing = outcome
-        try:
-            return wire.encode_response(
-                output,
-                dtype=request.dtype,
-                request_id=request.request_id,
-                model=self._backbone.model,
-                model_version=self._backbone.version,
-                block=request.block,
-                queue_s=timing.queue_s,
-                compute_s=timing.compute_s,
-                batch_rows=timing.batch_rows,
-                close_reason=timing.close_reason,
-            )
-        except NonFinite:
-            return NonFinite(f"the output of block {request.block} holds NaN or Inf")
-        except Exception as error:
-            return _presentable(error)
+            outcomes[str(outcome.status)] += 1
+        else:
+            outcomes["ok"] += 1
+
+
+def _encode(
+    model: ServedModel, request: wire.Request, outcome: Computed | DataMixError
+) -> bytes | DataMixError:
+    if isinstance(outcome, DataMixError):
+        return outcome
+    output, timing = outcome
+    try:
+        return wire.encode_response(
+            output,
+            dtype=request.dtype,
+            request_id=request.request_id,
+            model=model.name,
+            model_version=model.version,
+            block=request.block,
+            queue_s=timing.queue_s,
+            compute_s=timing.compute_s,
+            batch_rows=timing.batch_rows,
+            close_reason=timing.close_reason,
+        )
+    except NonFinite:
+        return NonFinite(f"the output of block {request.block} holds NaN or Inf")
+    except Exception as error:
+        return _presentable(error)
 
 
 def _presentable(error: Exception) -> DataMixError:

@@ -4,9 +4,11 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -175,6 +177,69 @@ def test_a_killed_replica_loses_nothing(
     assert killed
     assert sum(retries) > 0, "nobody noticed, so the replica was not killed under load"
     assert get(f"{cluster.url}/v2/stats")["replica"] != before
+
+
+def test_a_new_version_is_swapped_in_under_load(
+    cluster: Served,
+    device: TorchDevice,
+    images: npt.NDArray[np.uint8],
+    local: Floats,
+    tmp_path: Path,
+) -> None:
+    """Load, promote, kill the replica, roll back, unload: 20 clients notice nothing but a retry."""
+    newer = tmp_path / "newer"
+    shutil.copytree(BUNDLE, newer)
+    manifest = json.loads((newer / "manifest.json").read_text())
+    name, version = manifest["name"], manifest["version"]
+    (newer / "manifest.json").write_text(json.dumps(manifest | {"version": "next"}))
+    other = TorchDevice(newer)
+    done = threading.Event()
+
+    async def one(number: int) -> int:
+        device_ = (device, other)[number % 2]
+        answered = 0
+        async with Client(cluster.url, device_) as client:
+            while not done.is_set():
+                start = (number * 40 + answered) % 900
+                assert_same(await client.infer(images[start : start + 4]), local[start : start + 4])
+                answered += 1
+        return answered
+
+    def models(*words: str) -> str:
+        result = _datamix("models", *words, "--address", cluster.address)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def current() -> str:
+        return str(get(f"{cluster.url}/v2/models/{name}")["parameters"]["version"])
+
+    assert "ready on every replica" in models("load", str(newer))
+
+    async def all_of_them() -> list[int]:
+        def commands() -> None:
+            try:
+                models("promote", name, "next")
+                assert current() == "next"
+                models("rollback", name)
+                assert current() == version
+                models("promote", name, "next")
+            finally:
+                done.set()
+
+        work = asyncio.create_task(asyncio.to_thread(commands))
+        answered = await asyncio.gather(*(one(number) for number in range(20)))
+        await work
+        return answered
+
+    assert all(count > 0 for count in asyncio.run(all_of_them()))
+    os.kill(get(f"{cluster.url}/v2/stats")["pid"], signal.SIGKILL)
+    with SyncClient(cluster.url, other) as client:  # waits, and tries again
+        assert_same(client.infer(images[:4]), local[:4])
+    assert current() == "next"  # the new replica serves what the old one did
+    models("rollback", name)
+    models("unload", name, "next")
+    (row,) = json.loads(models("list", "--json"))
+    assert (row["version"], row["current"], row["ready"]) == (version, True, 1)
 
 
 def test_a_fleet_is_answered_right(cluster: Served, tmp_path: Path) -> None:
