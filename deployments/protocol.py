@@ -292,10 +292,13 @@ class Protocol:
             if route.action != "stream":
                 raise NotFound(f"no stream is at {scope['path'][:200]!r}")
             self._backbone.catalog.find(route.model, route.version)
+            messages: Messages | None = scope["extensions"].get(EXTENSION)
+            if messages is None:
+                # Through Serve's own proxy, to which HAProxy turns while it knows no replica.
+                raise Unavailable("no replica takes streams at the moment, try again")
         except DataMixError as error:
             await _reply_error(send, error, kind="websocket.http.response")
             return
-        messages: Messages = scope["extensions"][EXTENSION]
         stream = Stream(messages, self._limits.max_stream_requests)
         messages.on_message = lambda body: self._stream_request(body, route, stream)
         self._backbone.traffic.open_streams += 1

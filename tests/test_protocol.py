@@ -357,6 +357,28 @@ def test_unknown_paths() -> None:
     run(test)
 
 
+def test_a_stream_through_a_server_that_has_none_of_ours_is_refused() -> None:
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def test(cloud: Cloud) -> None:
+        scope = {"type": "websocket", "path": "/v2/models/echo/stream", "extensions": {}}
+        await cloud.app(scope, receive, send)
+        assert [m["type"] for m in sent] == [
+            "websocket.http.response.start",
+            "websocket.http.response.body",
+        ]
+        assert sent[0]["status"] == 503
+        assert json.loads(sent[1]["body"])["error"].startswith("no replica takes streams")
+
+    run(test)
+
+
 def test_paths_with_the_version() -> None:
     async def test(cloud: Cloud) -> None:
         async with http(cloud) as peer:
