@@ -44,9 +44,6 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# Called once per request, on the event loop: its id, and the encoded response or the error.
-Reply = Callable[[str, bytes | DataMixError], None]
-
 logger = logging.getLogger(__name__)
 
 _ROUTE = re.compile(
@@ -74,38 +71,86 @@ class Answer(NamedTuple):
 class Stream:
     """One WebSocket: its messages, and its requests that are not answered yet."""
 
-    def __init__(self, messages: Messages, limit: int) -> None:
+    def __init__(self, protocol: Protocol, route: Route, messages: Messages, limit: int) -> None:
         """Answer through ``messages``; read no more while ``limit`` requests are unanswered."""
+        self._protocol = protocol
+        self._route = route
         self._messages = messages
         self._limit = limit
         self._unanswered = 0
-        self._jobs: set[Job] = set()
+        self._waiting: set[StreamRequest] = set()
+        messages.on_message = self.receive
 
-    def enter(self) -> None:
-        """Count one more request; at the limit the peer is not read from any more."""
+    def receive(self, body: bytes | None) -> None:
+        """Take one message; at the limit the peer is not read from any more."""
         self._unanswered += 1
         if self._unanswered == self._limit:
             self._messages.hold(True)
+        protocol = self._protocol
+        model: ServedModel | None = None
+        try:
+            if body is None:
+                raise WireError("a text frame came on the stream, expected binary messages")
+            request = protocol.decode(body)
+            model = protocol.find(self._route, request)
+            waiting = StreamRequest(self, model, request)
+            waiting.job = protocol.admit(model, request, waiting.done)
+            self._waiting.add(waiting)
+        except Exception as error:
+            self._refuse(model, wire.peek_request_id(body or b""), _presentable(error))
 
-    def answer(self, message: bytes) -> None:
-        """Write one response."""
-        self._messages.send(message)
+    def done(self, waiting: StreamRequest, outcome: Computed | DataMixError) -> None:
+        """Answer one request."""
+        self._waiting.discard(waiting)
+        del waiting.job  # they hold each other: memory is freed at once where nothing goes round
+        model, request = waiting.model, waiting.request
+        parts = _encode(model, request, outcome)
+        if isinstance(parts, DataMixError):
+            self._refuse(model, request.request_id, parts)
+        else:
+            model.outcomes["ok"] += 1
+            self._send(parts)
+
+    def _refuse(self, model: ServedModel | None, request_id: str, error: DataMixError) -> None:
+        self._protocol.count(model, error)
+        self._send(
+            [
+                wire.encode_error(
+                    request_id, error.status, str(error), retry_after_s=error.retry_after_s
+                )
+            ]
+        )
+
+    def _send(self, parts: list[Any]) -> None:
+        self._protocol.traffic.sent_bytes += self._messages.send(parts)
         self._unanswered -= 1
         if self._unanswered == self._limit - 1:
             self._messages.hold(False)
 
-    def watch(self, job: Job) -> None:
-        """Remember a queued request, in case the peer leaves."""
-        self._jobs.add(job)
-
-    def forget(self, job: Job) -> None:
-        """Let go of a request that is answered, and so of its message's memory."""
-        self._jobs.discard(job)
-
     def abandon(self) -> None:
         """Cancel what is still queued: the peer is gone."""
-        for job in self._jobs:
-            job.cancelled = True
+        for waiting in self._waiting:
+            waiting.job.cancelled = True
+            del waiting.job
+        self._waiting.clear()
+
+
+class StreamRequest:
+    """One request of a stream that waits for its batch."""
+
+    __slots__ = ("job", "model", "request", "stream")
+
+    job: Job
+
+    def __init__(self, stream: Stream, model: ServedModel, request: wire.Request) -> None:
+        """Remember whom to answer."""
+        self.stream = stream
+        self.model = model
+        self.request = request
+
+    def done(self, outcome: Computed | DataMixError) -> None:
+        """Take what became of it; the batcher calls this on the event loop."""
+        self.stream.done(self, outcome)
 
 
 class Protocol:
@@ -115,6 +160,7 @@ class Protocol:
         """Serve ``backbone``."""
         self._backbone = backbone
         self._limits = backbone.config
+        self.traffic = backbone.traffic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Dispatch one connection or request."""
@@ -158,7 +204,7 @@ class Protocol:
         except Exception as fault:
             error = _presentable(fault)
             if scope["method"] == "POST":
-                self._count(None, error)
+                self.count(None, error)
             await _reply_error(send, error)
 
     async def _infer(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
@@ -167,11 +213,11 @@ class Protocol:
             body, media, extra = await self._answer(route, scope, receive)
         except Exception as fault:
             error = _presentable(fault)
-            self._count(model, error)
+            self.count(model, error)
             await _reply_error(send, error)
             return
-        self._count(model, body)
-        self._backbone.traffic.sent_bytes += len(body)
+        self.count(model, body)
+        self.traffic.sent_bytes += len(body)
         await _reply(send, 200, media, body, extra=extra)
 
     async def _answer(self, route: Route, scope: Scope, receive: Receive) -> Answer:
@@ -189,22 +235,22 @@ class Protocol:
         )
 
     async def _answer_arrow(self, route: Route, body: bytes) -> Answer:
-        request = self._decode(body)
-        model = self._find(route, request)
-        message = _encode(model, request, await self._compute(model, request))
-        if isinstance(message, DataMixError):
-            raise message
-        return Answer(message, wire.MEDIA_TYPE)
+        request = self.decode(body)
+        model = self.find(route, request)
+        parts = _encode(model, request, await self._compute(model, request))
+        if isinstance(parts, DataMixError):
+            raise parts
+        return Answer(b"".join(parts), wire.MEDIA_TYPE)
 
     async def _answer_oip(self, route: Route, scope: Scope, receive: Receive) -> Answer:
         encoding = _header(scope, b"content-encoding")
         if encoding.lower() not in ("", "identity"):
             raise Unsupported(f"content encoding is {encoding[:100]!r}, expected none")
         body = await self._body(scope, receive)
-        self._backbone.traffic.received_bytes += len(body)
+        self.traffic.received_bytes += len(body)
         length = _header(scope, oip.LENGTH_HEADER)
         request = oip.decode_request(body, length, max_rows=self._limits.max_request_rows)
-        model = self._find(route, request.wire)
+        model = self.find(route, request.wire)
         computed = await self._compute(model, request.wire)
         answer = oip.encode_response(request, computed, model=model.name, version=model.version)
         if answer.json_length is None:
@@ -224,7 +270,7 @@ class Protocol:
             else:
                 answer.set_result(outcome)
 
-        job = self._admit(model, request, done)
+        job = self.admit(model, request, done)
         try:
             return await answer
         finally:
@@ -299,43 +345,14 @@ class Protocol:
         except DataMixError as error:
             await _reply_error(send, error, kind="websocket.http.response")
             return
-        stream = Stream(messages, self._limits.max_stream_requests)
-        messages.on_message = lambda body: self._stream_request(body, route, stream)
-        self._backbone.traffic.open_streams += 1
+        stream = Stream(self, route, messages, self._limits.max_stream_requests)
+        self.traffic.open_streams += 1
         try:
             await send({"type": "websocket.accept"})
             await receive()  # websocket.disconnect; messages come by the other way
         finally:
-            self._backbone.traffic.open_streams -= 1
+            self.traffic.open_streams -= 1
             stream.abandon()
-
-    def _stream_request(self, body: bytes | None, route: Route, stream: Stream) -> None:
-        stream.enter()
-        job: Job | None = None
-        model: ServedModel | None = None
-
-        def reply(request_id: str, outcome: bytes | DataMixError) -> None:
-            nonlocal job
-            if job is not None:
-                stream.forget(job)
-                job = None  # breaks the circle through job.done, so that memory is freed at once
-            self._count(model, outcome)
-            if isinstance(outcome, DataMixError):
-                outcome = wire.encode_error(
-                    request_id, outcome.status, str(outcome), retry_after_s=outcome.retry_after_s
-                )
-            self._backbone.traffic.sent_bytes += len(outcome)
-            stream.answer(outcome)
-
-        try:
-            if body is None:
-                raise WireError("a text frame came on the stream, expected binary messages")
-            request = self._decode(body)
-            model = self._find(route, request)
-            job = self._submit(model, request, reply)
-            stream.watch(job)
-        except Exception as error:
-            reply(wire.peek_request_id(body or b""), _presentable(error))
 
     # --- both ---
 
@@ -346,7 +363,7 @@ class Protocol:
             raise NotFound(f"nothing is at {path[:200]!r}")
         return Route(match["model"], match["version"], match["action"] or "")
 
-    def _find(self, route: Route, request: wire.Request) -> ServedModel:
+    def find(self, route: Route, request: wire.Request) -> ServedModel:
         """The model version that the path and the message name together."""
         if request.model is not None and request.model != route.model:
             raise NotFound(f"model of the message is {request.model!r}, expected {route.model!r}")
@@ -357,22 +374,14 @@ class Protocol:
             raise NotFound(f"version of the message is {version!r}, expected {route.version!r}")
         return self._backbone.catalog.find(route.model, version)
 
-    def _submit(self, model: ServedModel, request: wire.Request, reply: Reply) -> Job:
-        """Check and queue one request; ``reply`` gets its encoded response or the error."""
-
-        def done(outcome: Computed | DataMixError) -> None:
-            reply(request.request_id, _encode(model, request, outcome))
-
-        return self._admit(model, request, done)
-
-    def _decode(self, body: bytes) -> wire.Request:
+    def decode(self, body: bytes) -> wire.Request:
         """Open one message."""
-        self._backbone.traffic.received_bytes += len(body)
+        self.traffic.received_bytes += len(body)
         return wire.decode_request(
             body, max_bytes=self._limits.max_request_bytes, max_rows=self._limits.max_request_rows
         )
 
-    def _admit(
+    def admit(
         self,
         model: ServedModel,
         request: wire.Request,
@@ -391,23 +400,20 @@ class Protocol:
         model.batcher.offer(job)
         return job
 
-    def _count(self, model: ServedModel | None, outcome: bytes | DataMixError) -> None:
+    def count(self, model: ServedModel | None, outcome: bytes | DataMixError) -> None:
         """Count one answer, for its model where one was found."""
-        outcomes = self._backbone.traffic.astray if model is None else model.outcomes
-        if isinstance(outcome, DataMixError):
-            outcomes[str(outcome.status)] += 1
-        else:
-            outcomes["ok"] += 1
+        outcomes = self.traffic.astray if model is None else model.outcomes
+        outcomes[str(outcome.status) if isinstance(outcome, DataMixError) else "ok"] += 1
 
 
 def _encode(
     model: ServedModel, request: wire.Request, outcome: Computed | DataMixError
-) -> bytes | DataMixError:
+) -> list[Any] | DataMixError:
     if isinstance(outcome, DataMixError):
         return outcome
     output, timing = outcome
     try:
-        return wire.encode_response(
+        return wire.response_parts(
             output,
             dtype=request.dtype,
             request_id=request.request_id,

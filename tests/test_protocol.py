@@ -532,8 +532,10 @@ class FakePeer:
         path, extensions = "/v2/models/echo/stream", {EXTENSION: self.messages}
         return {"type": "websocket", "path": path, "headers": [], "extensions": extensions}
 
-    def read(self, message: bytes) -> None:
+    def read(self, parts: list[Any]) -> int:
+        message = b"".join(parts)
         self.answers.append(wire.decode_response(message))
+        return len(message)
 
     async def receive(self) -> dict[str, Any]:
         if self.events:
@@ -695,7 +697,7 @@ def test_a_fault_nobody_foresaw_is_answered_and_hurts_nobody(
 
     async def test(cloud: Cloud) -> None:
         async with http(cloud) as peer, cloud.stream() as stream:
-            for name in ("encode_response", "decode_request"):
+            for name in ("response_parts", "decode_request"):
                 with monkeypatch.context() as patch:
                     patch.setattr(wire, name, broken)
                     reply = await peer.post(message_of(1))
