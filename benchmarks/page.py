@@ -17,6 +17,10 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
         "How many messages per second, and how much server CPU for each, with an idle backbone?",
         [("ratio_to_default_serve", ">=", 30.0)],
     ),
+    "transports": (
+        "Which transport costs the least server CPU per message, from HAProxy to the replica?",
+        [("cheapest_other_over_ours", ">=", 1.0)],
+    ),
     "batching": (
         "Does the batcher keep up at 80% of an emulated engine's capacity, and how late is it?",
         [("throughput_share", ">=", 0.97), ("p99_steps", "<=", 3.0)],

@@ -91,7 +91,7 @@ def check_port(port: int) -> None:
             ) from error
 
 
-def _free_range(size: int) -> int:
+def free_range(size: int) -> int:
     """Start of ``size`` ports in a row that are free now, below the ephemeral range.
 
     Drawn at random: two clusters that start at the same moment must not take the same range, or
@@ -124,7 +124,7 @@ def _set_environment(folder: Path, descriptors: int) -> None:
             "Ray was imported before RAY_SERVE_ENABLE_HA_PROXY=1 was set, so it would start "
             "without HAProxy; import it later or set the variable first"
         )
-    replica_ports = _free_range(100)
+    replica_ports = free_range(100)
     own = {
         "RAY_SERVE_HAPROXY_MAXCONN": str(min(50_000, max_streams(descriptors))),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, (os.cpu_count() or 1) // 2)),
@@ -190,6 +190,28 @@ def local_cluster(
         port = free_port()
     else:
         check_port(port)
+    with local_ray(replicas, say=say) as address:
+        say("deploying the backbone")
+        url = deploy(config, port=port, replicas=replicas)
+        yield LocalCluster(url, address, port)
+
+
+@contextlib.contextmanager
+def local_ray(
+    replicas: int = 1, *, say: Callable[[str], None] = lambda line: None
+) -> Iterator[str]:
+    """Start Ray on this machine, ready for Serve in HAProxy mode; take both down in the end.
+
+    Args:
+        replicas: how many replicas will have to fit.
+        say: called with one line of progress before each step.
+
+    Yields:
+        Ray's own address.
+
+    Raises:
+        ConfigError: Ray was imported too early.
+    """
     # Short, because unix socket paths end at 107 characters; Ray and HAProxy add long names.
     folder = Path(tempfile.mkdtemp(prefix="dmx-"))
     try:
@@ -212,9 +234,7 @@ def local_cluster(
                     configure_logging=False,
                     _temp_dir=str(folder),
                 )
-            say("deploying the backbone")
-            url = deploy(config, port=port, replicas=replicas)
-            yield LocalCluster(url, ray.get_runtime_context().gcs_address, port)
+            yield ray.get_runtime_context().gcs_address
         finally:
             say("taking the cluster down")
             if ray.is_initialized():
