@@ -29,6 +29,15 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
         "Does the batcher keep up at 80% of an emulated engine's capacity, and how late is it?",
         [("throughput_share", ">=", 0.97), ("p99_steps", "<=", 3.0)],
     ),
+    "overload": (
+        "How late is an answer, from 10% to 150% of capacity, and what is left of goodput at three "
+        "times the capacity?",
+        [
+            ("p99_steps_at_80", "<=", 2.5),
+            ("goodput_3x_over_saturation", ">=", 0.95),
+            ("runs_limited_by_the_clients", "<=", 0.0),
+        ],
+    ),
     "saturation": (
         "How much of the engine's bare speed is served, clients on the same two cores?",
         [("served_over_bare_1_threads", ">=", 0.7), ("served_over_bare_2_threads", ">=", 0.7)],
