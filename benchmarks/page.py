@@ -38,6 +38,10 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
             ("runs_limited_by_the_clients", "<=", 0.0),
         ],
     ),
+    "added_latency": (
+        "How much later is an answer than the bare forward, when nobody else asks?",
+        [("added_p50_ms_null_engine", "<=", 1.0), ("added_p50_ms_block", "<=", 1.0)],
+    ),
     "saturation": (
         "How much of the engine's bare speed is served, clients on the same two cores?",
         [("served_over_bare_1_threads", ">=", 0.7), ("served_over_bare_2_threads", ">=", 0.7)],

@@ -244,9 +244,15 @@ class Part:
 
 
 async def _run(
-    barrier: Any, endpoint: Endpoint, message: bytes, connections: int, warm_s: float, run_s: float
+    barrier: Any,
+    endpoint: Endpoint,
+    message: bytes,
+    least_bytes: int,
+    connections: int,
+    warm_s: float,
+    run_s: float,
 ) -> Part:
-    meter = Meter(len(message) // 2)
+    meter = Meter(least_bytes)
     async with asyncio.timeout(OPEN_S):
         opened = [await connect(endpoint, message, meter) for _ in range(connections)]
     await asyncio.to_thread(barrier.wait)
@@ -352,6 +358,7 @@ def load(
     mark: str,
     loaded: int,
     idle: set[int],
+    least_share: float = 0.5,
 ) -> Run:
     """Load ``endpoint`` and say what came of it.
 
@@ -365,13 +372,15 @@ def load(
         mark: the cluster whose processes are counted.
         loaded: process id of the replica behind the endpoint.
         idle: process ids of the other replicas.
+        least_share: the least an answer must have of the request's size; less is an error.
 
     Raises:
         RuntimeError: a client failed, or an answer was none.
     """
     spawn = multiprocessing.get_context("spawn")
     results, barrier = spawn.Queue(), spawn.Barrier(processes + 1)
-    arguments = (endpoint, message, connections // processes, warm_s, run_s)
+    least_bytes = int(least_share * len(message))
+    arguments = (endpoint, message, least_bytes, connections // processes, warm_s, run_s)
     workers = [
         spawn.Process(target=_process, args=(results, barrier, *arguments), daemon=True)
         for _ in range(processes)
