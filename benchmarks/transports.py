@@ -13,6 +13,7 @@ import json
 import statistics
 import urllib.request
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,8 @@ def main() -> None:
         base, grpc_port = said["url"], said["grpc_port"]
         pids = {name: replica_pid(base, name) for name in applications}
         for number in range(options.rounds):
-            for arm in arms:
+            first = number % len(arms)  # so that no arm always follows the same other one's load
+            for arm in arms[first:] + arms[:first]:
                 pid = pids[ARMS[arm][0]]
                 found = load(
                     endpoint(arm, base, grpc_port),
@@ -134,6 +136,7 @@ def main() -> None:
                 runs[arm].append(found)
                 print(f"round {number + 1}: {arm}: {found.rate:,.0f} messages/s", flush=True)
     rows = {arm: row(arm, each) for arm, each in runs.items()}
+    extra = ["httptools", "grpcio", *(["wsproto"] if "wsproto" in arms else [])]
     figures = {}
     if OURS in rows:
         others = [row["server CPU us"] for arm, row in rows.items() if arm != OURS]
@@ -147,8 +150,10 @@ def main() -> None:
         [
             f"medians of {options.rounds} rounds of {options.seconds:g} s, in turn",
             "CPU in microseconds per message; the rest of Ray is raylet, GCS, controller and "
-            "proxies, without replicas that were idle",
+            "proxies, without replicas that were idle; some of it goes on without messages, so "
+            "slow arms carry more of it each",
             "latency from send to answer in this closed loop",
+            "besides the packages below: " + ", ".join(f"{name} {version(name)}" for name in extra),
             "a client near a whole core is the limit of that arm's rate, not of its server's CPU",
         ],
         options.json,
