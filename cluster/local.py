@@ -99,7 +99,7 @@ def check_port(port: int) -> None:
 
 
 @contextlib.contextmanager
-def _ports(size: int) -> Iterator[int]:
+def free_ports(size: int) -> Iterator[int]:
     """Start of ``size`` ports in a row that are ours until the end, below the ephemeral range.
 
     A replica that dies leaves its port free for a moment. Another cluster on this machine that took
@@ -205,11 +205,33 @@ def local_cluster(
         port = free_port()
     else:
         check_port(port)
+    with local_ray(replicas, say=say) as address:
+        say("deploying the backbone")
+        url = deploy(config, port=port, replicas=replicas)
+        yield LocalCluster(url, address, port)
+
+
+@contextlib.contextmanager
+def local_ray(
+    replicas: int = 1, *, say: Callable[[str], None] = lambda line: None
+) -> Iterator[str]:
+    """Start Ray on this machine, ready for Serve in HAProxy mode; take both down in the end.
+
+    Args:
+        replicas: how many replicas will have to fit.
+        say: called with one line of progress before each step.
+
+    Yields:
+        Ray's own address.
+
+    Raises:
+        ConfigError: Ray was imported too early.
+    """
     # Short, because unix socket paths end at 107 characters; Ray and HAProxy add long names.
     folder = Path(tempfile.mkdtemp(prefix="dmx-"))
     held = contextlib.ExitStack()
     try:
-        _set_environment(folder, raise_descriptor_limit(), held.enter_context(_ports(_PORTS)))
+        _set_environment(folder, raise_descriptor_limit(), held.enter_context(free_ports(_PORTS)))
         import ray
         from ray import serve
 
@@ -228,9 +250,7 @@ def local_cluster(
                     configure_logging=False,
                     _temp_dir=str(folder),
                 )
-            say("deploying the backbone")
-            url = deploy(config, port=port, replicas=replicas)
-            yield LocalCluster(url, ray.get_runtime_context().gcs_address, port)
+            yield ray.get_runtime_context().gcs_address
         finally:
             say("taking the cluster down")
             if ray.is_initialized():
