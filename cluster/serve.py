@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -14,6 +15,7 @@ from cluster.local import APPLICATION, deploy, local_cluster
 from datamix.errors import ConfigError, Unavailable
 from deployments.config import Config
 from deployments.store import RayStore
+from deployments.tokens import Tokens
 
 
 def serve(config: Config, *, port: int, replicas: int = 1, address: str | None = None) -> None:
@@ -26,11 +28,13 @@ def serve(config: Config, *, port: int, replicas: int = 1, address: str | None =
         address: a running Ray cluster (``auto`` or ``host:port``); None for one of our own.
 
     Raises:
-        ConfigError: the port is taken.
+        ConfigError: the port is taken, or the file of tokens cannot be used.
         Unavailable: the cluster cannot be reached, or the application did not come up.
     """
     with contextlib.ExitStack() as stack:
         if address is None:
+            if config.tokens_file is not None:
+                Tokens(config.tokens_file, time.monotonic)  # says what is wrong before Ray starts
             cluster = local_cluster(config, port=port, replicas=replicas, say=_say)
             running = stack.enter_context(cluster)
             url = running.url

@@ -24,7 +24,9 @@ from deployments.config import Config
 from deployments.metrics import Backend, RayBackend, Traffic, TrafficRecorder
 from deployments.protocol import Protocol
 from deployments.store import RayStore, Store
+from deployments.streams import Streams
 from deployments.table import Table, read_table
+from deployments.tokens import Tokens
 
 _PUBLISH_PERIOD_S = 1.0
 _FOLLOW_PERIOD_S = 2.0
@@ -47,16 +49,20 @@ class Backbone:
 
         Raises:
             BundleError: a bundle cannot be read or trusted.
-            ConfigError: the settings do not fit a bundle or this machine.
+            ConfigError: the settings do not fit a bundle or this machine, or
+                ``tokens_file`` cannot be read.
         """
         loop = asyncio.get_running_loop()
         websocket.install()  # Ray starts this replica's server after the constructor
         self.config = config
         self.clock = time.monotonic
         self.traffic = Traffic()
+        self.tokens = None if config.tokens_file is None else Tokens(config.tokens_file, self.clock)
         self._backend = backend or RayBackend()
         self._store = store or RayStore(_application())
         self.catalog = Catalog(config, self._backend, loop, self.clock, self._read_table())
+        self.streams = Streams(config, self.traffic, self.tokens, self.clock)
+        self.streams.start()
         self._replica = secrets.token_hex(4)
         self._started = self.clock()
         self._tasks = [loop.create_task(self._publish()), loop.create_task(self._follow())]
@@ -85,6 +91,7 @@ class Backbone:
         try:
             await self.catalog.close(timeout_s)
         finally:
+            self.streams.stop()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -177,6 +184,7 @@ class Backbone:
             **counts,
             "requests": dict(Counter(counts["requests"]) + self.traffic.astray),
             "open_streams": self.traffic.open_streams,
+            "streams_closed": dict(self.traffic.streams_closed),
             "received_bytes": self.traffic.received_bytes,
             "sent_bytes": self.traffic.sent_bytes,
             "models": models,

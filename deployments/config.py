@@ -31,6 +31,15 @@ class Config(BaseModel):
         max_request_bytes: bytes of a message at most, as received and inflated.
         max_request_rows: rows of a message at most.
         max_stream_requests: requests of one stream in flight at most; then reading stops.
+        stream_idle_timeout_s: a stream without a message either way for so long is closed; None:
+            never.
+        slow_reader_timeout_s: a stream whose peer has read nothing for so long, while answers wait
+            for it, is cut off.
+        max_stream_buffer_bytes: answers that may wait in this process for one peer to read them;
+            beyond it is cut off at once. A peer that reads slowly is not read from, so that without
+            this bound they were at most ``max_stream_requests`` answers.
+        tokens_file: file of the bearer tokens that are let in (docs/security.md), at the same place
+            on every node; None lets everybody in.
         health_timeout_s: how long the engine may take to answer a health probe.
     """
 
@@ -49,6 +58,10 @@ class Config(BaseModel):
     max_request_bytes: int = Field(default=8 << 20, ge=1024, le=16 << 20)
     max_request_rows: int = Field(default=128, ge=1)
     max_stream_requests: int = Field(default=128, ge=1)
+    stream_idle_timeout_s: float | None = Field(default=600.0, gt=0, allow_inf_nan=False)
+    slow_reader_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    max_stream_buffer_bytes: int = Field(default=64 << 20, ge=1 << 16)
+    tokens_file: str | None = Field(default=None, min_length=1)
     health_timeout_s: float = Field(default=8.0, gt=0, allow_inf_nan=False)
 
     @property

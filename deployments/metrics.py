@@ -58,6 +58,12 @@ TABLE: tuple[Metric, ...] = (
     Metric("datamix_sent_bytes_total", "counter", "Bytes of responses sent."),
     Metric("datamix_queue_rows", "gauge", "Rows waiting for the engine.", _MODEL),
     Metric("datamix_open_streams", "gauge", "WebSocket streams open."),
+    Metric(
+        "datamix_streams_closed_total",
+        "counter",
+        "WebSocket streams that ended, by why; deployments/streams.py lists the reasons.",
+        ("reason",),
+    ),
     Metric("datamix_batch_rows", "histogram", "Rows per batch.", _MODEL, _ROWS),
     Metric(
         "datamix_batch_compute_seconds",
@@ -146,12 +152,15 @@ class Traffic:
         received_bytes: bytes of requests, as messages.
         sent_bytes: bytes of responses, as messages.
         open_streams: WebSockets open now.
+        streams_closed: WebSockets that ended, by why.
+        streams_closed: WebSockets that ended, by why.
         astray: requests refused before a model was found for them, by HTTP status.
     """
 
     received_bytes: int = 0
     sent_bytes: int = 0
     open_streams: int = 0
+    streams_closed: Counter[str] = field(default_factory=Counter)
     astray: Counter[str] = field(default_factory=Counter)
 
 
@@ -218,6 +227,8 @@ class TrafficRecorder:
         advance = self._recorder.advance
         for outcome, count in list(traffic.astray.items()):
             advance("datamix_requests_total", count, model="", version="", outcome=outcome)
+        for reason, count in list(traffic.streams_closed.items()):
+            advance("datamix_streams_closed_total", count, reason=reason)
         advance("datamix_received_bytes_total", traffic.received_bytes)
         advance("datamix_sent_bytes_total", traffic.sent_bytes)
         self._recorder.record("datamix_open_streams", traffic.open_streams)

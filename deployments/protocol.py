@@ -7,6 +7,7 @@
 
 A request is decoded and checked on the event loop, before it can enter a batch. Every fault has its
 row in the table of docs/wire.md and leaves the connection and all other requests untouched.
+Where the application has tokens, they are checked before anything else of a request is looked at.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from datamix.errors import (
     NotAllowed,
     NotFound,
     TooLarge,
+    Unauthorized,
     Unavailable,
     Unsupported,
     WireError,
@@ -33,6 +35,7 @@ from datamix.errors import (
 from deployments import oip
 from deployments.engine import Rows
 from deployments.model import ServedModel
+from deployments.streams import Stream
 from deployments.waiting import Computed, Job
 from deployments.websocket import EXTENSION, Messages
 
@@ -51,6 +54,9 @@ _ROUTE = re.compile(
     r"(/(?P<action>infer|stream|ready|config))?/?"
 )
 
+# Load balancers ask these, and have no token.
+_OPEN = frozenset({"/v2/health/live", "/v2/health/ready"})
+
 
 class Route(NamedTuple):
     """Where a path leads: a model, perhaps a version, and what to do with it."""
@@ -68,24 +74,19 @@ class Answer(NamedTuple):
     extra: tuple[tuple[bytes, bytes], ...] = ()
 
 
-class Stream:
-    """One WebSocket: its messages, and its requests that are not answered yet."""
+class Exchange:
+    """The requests of one stream, from message to batcher and back."""
 
-    def __init__(self, protocol: Protocol, route: Route, messages: Messages, limit: int) -> None:
-        """Answer through ``messages``; read no more while ``limit`` requests are unanswered."""
+    def __init__(self, protocol: Protocol, route: Route, stream: Stream) -> None:
+        """Take the messages of ``stream``, which came in at ``route``."""
         self._protocol = protocol
         self._route = route
-        self._messages = messages
-        self._limit = limit
-        self._unanswered = 0
-        self._waiting: set[StreamRequest] = set()
-        messages.on_message = self.receive
+        self._stream = stream
+        stream.messages.on_message = self.receive
 
     def receive(self, body: bytes | None) -> None:
-        """Take one message; at the limit the peer is not read from any more."""
-        self._unanswered += 1
-        if self._unanswered == self._limit:
-            self._messages.hold(True)
+        """Take one message."""
+        self._stream.enter()
         protocol = self._protocol
         model: ServedModel | None = None
         try:
@@ -94,14 +95,14 @@ class Stream:
             request = protocol.decode(body)
             model = protocol.find(self._route, request)
             waiting = StreamRequest(self, model, request)
-            waiting.job = protocol.admit(model, request, waiting.done)
-            self._waiting.add(waiting)
+            job = waiting.job = protocol.admit(model, request, waiting.done)
+            self._stream.watch(job)
         except Exception as error:
             self._refuse(model, wire.peek_request_id(body or b""), _presentable(error))
 
     def done(self, waiting: StreamRequest, outcome: Computed | DataMixError) -> None:
         """Answer one request."""
-        self._waiting.discard(waiting)
+        self._stream.forget(waiting.job)
         del waiting.job  # they hold each other: memory is freed at once where nothing goes round
         model, request = waiting.model, waiting.request
         parts = _encode(model, request, outcome)
@@ -109,48 +110,32 @@ class Stream:
             self._refuse(model, request.request_id, parts)
         else:
             model.outcomes["ok"] += 1
-            self._send(parts)
+            self._protocol.traffic.sent_bytes += self._stream.answer(parts)
 
     def _refuse(self, model: ServedModel | None, request_id: str, error: DataMixError) -> None:
         self._protocol.count(model, error)
-        self._send(
-            [
-                wire.encode_error(
-                    request_id, error.status, str(error), retry_after_s=error.retry_after_s
-                )
-            ]
+        message = wire.encode_error(
+            request_id, error.status, str(error), retry_after_s=error.retry_after_s
         )
-
-    def _send(self, parts: list[Any]) -> None:
-        self._protocol.traffic.sent_bytes += self._messages.send(parts)
-        self._unanswered -= 1
-        if self._unanswered == self._limit - 1:
-            self._messages.hold(False)
-
-    def abandon(self) -> None:
-        """Cancel what is still queued: the peer is gone."""
-        for waiting in self._waiting:
-            waiting.job.cancelled = True
-            del waiting.job
-        self._waiting.clear()
+        self._protocol.traffic.sent_bytes += self._stream.answer([message])
 
 
 class StreamRequest:
     """One request of a stream that waits for its batch."""
 
-    __slots__ = ("job", "model", "request", "stream")
+    __slots__ = ("exchange", "job", "model", "request")
 
     job: Job
 
-    def __init__(self, stream: Stream, model: ServedModel, request: wire.Request) -> None:
+    def __init__(self, exchange: Exchange, model: ServedModel, request: wire.Request) -> None:
         """Remember whom to answer."""
-        self.stream = stream
+        self.exchange = exchange
         self.model = model
         self.request = request
 
     def done(self, outcome: Computed | DataMixError) -> None:
         """Take what became of it; the batcher calls this on the event loop."""
-        self.stream.done(self, outcome)
+        self.exchange.done(self, outcome)
 
 
 class Protocol:
@@ -188,6 +173,8 @@ class Protocol:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             path = scope["path"]
+            if scope["method"] != "GET" or path not in _OPEN:
+                self._authorise(scope)
             if scope["method"] == "POST":
                 if path == "/v2/repository/index":
                     await self._index(scope, receive, send)
@@ -203,7 +190,7 @@ class Protocol:
                 raise NotAllowed(f"method is {scope['method']}, expected GET or POST")
         except Exception as fault:
             error = _presentable(fault)
-            if scope["method"] == "POST":
+            if scope["method"] == "POST" or isinstance(error, Unauthorized):
                 self.count(None, error)
             await _reply_error(send, error)
 
@@ -334,6 +321,7 @@ class Protocol:
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         await receive()  # websocket.connect
         try:
+            token = self._authorise(scope)
             route = self._route(scope["path"])
             if route.action != "stream":
                 raise NotFound(f"no stream is at {scope['path'][:200]!r}")
@@ -343,18 +331,27 @@ class Protocol:
                 # Through Serve's own proxy, to which HAProxy turns while it knows no replica.
                 raise Unavailable("no replica takes streams at the moment, try again")
         except DataMixError as error:
+            if isinstance(error, Unauthorized):
+                self.count(None, error)
             await _reply_error(send, error, kind="websocket.http.response")
             return
-        stream = Stream(self, route, messages, self._limits.max_stream_requests)
-        self.traffic.open_streams += 1
+        streams = self._backbone.streams
+        stream = streams.open(messages, token)
+        Exchange(self, route, stream)
         try:
             await send({"type": "websocket.accept"})
             await receive()  # websocket.disconnect; messages come by the other way
         finally:
-            self.traffic.open_streams -= 1
-            stream.abandon()
+            streams.close(stream)
 
     # --- both ---
+
+    def _authorise(self, scope: Scope) -> bytes | None:
+        """Refuse who has no token; return its digest, or None where none is needed."""
+        tokens = self._backbone.tokens
+        if tokens is None:
+            return None
+        return tokens.check(next((v for k, v in scope["headers"] if k == b"authorization"), b""))
 
     def _route(self, path: str) -> Route:
         """Read a path."""
@@ -469,5 +466,7 @@ async def _reply_error(send: Send, error: DataMixError, kind: str = "http.respon
     extra: tuple[tuple[bytes, bytes], ...] = ()
     if error.retry_after_s is not None:  # whole seconds, as HTTP wants them
         extra = ((b"retry-after", str(math.ceil(error.retry_after_s)).encode()),)
+    if isinstance(error, Unauthorized):
+        extra = ((b"www-authenticate", b"Bearer"),)
     body = json.dumps({"error": str(error)}).encode()
     await _reply(send, error.status, "application/json", body, extra=extra, kind=kind)

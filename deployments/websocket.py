@@ -59,16 +59,23 @@ class Messages:
     Attributes:
         on_message: called on the event loop with each binary message, and with None for a text
             message. To be set before the connection is accepted.
+        on_stop: called when the server stops and the stream should end soon. To be set likewise.
+        touched: a message came; whoever wants to see the next one sets it back.
+        is_full: the peer does not read, and more than a little waits for it.
+        is_closing: one side has said goodbye.
     """
 
     def __init__(self) -> None:
         """Hand messages to nobody yet."""
-        self.on_message: Callable[[bytes | None], None] = lambda body: None
+        self.on_message: Callable[[bytes | None], None] = _drop
+        self.on_stop: Callable[[], None] = lambda: self.close(WSCloseCode.SERVICE_RESTART)
         self.transport: WSTransport | None = None
+        self.touched = False
+        self.is_full = False
+        self.is_closing = False
         self._backlog: deque[bytes | None] = deque()  # came in the same read as the one held at
         self._held = False  # by the application
         self._draining = False
-        self._full = False  # the peer does not read what it is sent
 
     def send(self, parts: list[Any]) -> int:
         """Write one binary message, and say how long it is; it goes nowhere if the peer is gone."""
@@ -80,6 +87,7 @@ class Messages:
 
     def receive(self, body: bytes | None) -> None:
         """Pass one message on, or keep it while the application holds the peer."""
+        self.touched = True
         if self._held:
             self._backlog.append(body)
         else:
@@ -100,17 +108,63 @@ class Messages:
 
     def full(self, full: bool) -> None:
         """Stop reading while the peer does not read either: it gets no room for more answers."""
-        self._full = full
+        self.is_full = full
         self._flow()
 
+    def close(self, code: WSCloseCode) -> None:
+        """Say goodbye, and pass nothing on any more.
+
+        What still comes is read and dropped until the peer has said goodbye too: a socket that is
+        closed over unread bytes is reset, and what was just sent may be lost with it.
+        """
+        self.is_closing = True
+        self._backlog.clear()
+        self.on_message = _drop
+        self._held = False
+        if (transport := self._open_transport()) is not None:
+            transport.send_close(code)
+            self._flow()
+
+    def abort(self) -> None:
+        """End the connection without a word; what waits to be read by the peer is dropped."""
+        if (transport := self._open_transport()) is not None:
+            transport.disconnect(graceful=False)
+        self.transport = None  # what is written from now on would only be complained about
+
+    def excuse(self) -> None:
+        """Take a peer that is not read from for alive, as its pongs wait unread, too."""
+        transport = self._open_transport()
+        if transport is not None and (self._held or self.is_full):
+            transport.notify_user_specific_pong_received()
+
+    @property
+    def buffered_bytes(self) -> int:
+        """What waits in this process for the peer to read it."""
+        transport = self._open_transport()
+        return 0 if transport is None else transport.underlying_transport.get_write_buffer_size()
+
+    @property
+    def is_broken(self) -> bool:
+        """The connection was ended from here, with a close frame that says what was wrong."""
+        shake = None if self.transport is None else self.transport.close_handshake
+        return shake is not None and shake.recv is None
+
+    def _open_transport(self) -> WSTransport | None:
+        gone = self.transport is None or self.transport.is_disconnected
+        return None if gone else self.transport
+
     def _flow(self) -> None:
-        if self.transport is None or self.transport.is_disconnected:
+        if (transport := self._open_transport()) is None:
             return
-        socket = self.transport.underlying_transport
-        if self._held or self._full:
+        socket = transport.underlying_transport
+        if (self._held or self.is_full) and not self.is_closing:
             socket.pause_reading()
         else:
             socket.resume_reading()
+
+
+def _drop(body: bytes | None) -> None:
+    """Take a message that nobody waits for."""
 
 
 class _Listener(WSListener):
@@ -119,7 +173,7 @@ class _Listener(WSListener):
     def __init__(self, messages: Messages, on_lost: Callable[[], None]) -> None:
         self._messages = messages
         self._on_lost = on_lost
-        self._fragments: list[bytes] = []
+        self._fragments = bytearray()
         self._text = False
 
     def on_ws_connected(self, transport: WSTransport) -> None:
@@ -132,19 +186,21 @@ class _Listener(WSListener):
         elif kind in (WSMsgType.BINARY, WSMsgType.TEXT, WSMsgType.CONTINUATION):
             self._part(transport, frame)
         elif kind == WSMsgType.CLOSE:
-            transport.send_close(frame.get_close_code())
+            self._messages.is_closing = True
+            code = frame.get_close_code()  # 0 for none, which must not be sent
+            transport.send_close(WSCloseCode.OK if code == WSCloseCode.NO_INFO else code)
             transport.disconnect()
 
     def _part(self, transport: WSTransport, frame: WSFrame) -> None:
         if frame.msg_type != WSMsgType.CONTINUATION:
             self._fragments.clear()
             self._text = frame.msg_type == WSMsgType.TEXT
-        self._fragments.append(frame.get_payload_as_bytes())
-        if sum(map(len, self._fragments)) > MAX_MESSAGE_BYTES:
+        self._fragments += frame.get_payload_as_memoryview()
+        if len(self._fragments) > MAX_MESSAGE_BYTES:
             transport.send_close(WSCloseCode.MESSAGE_TOO_BIG)
             transport.disconnect()
         elif frame.fin:
-            body, self._fragments = b"".join(self._fragments), []
+            body, self._fragments = bytes(self._fragments), bytearray()
             self._messages.receive(None if self._text else body)
 
     def pause_writing(self) -> None:
@@ -200,24 +256,34 @@ class WebSocket(asyncio.Protocol):
         self._events.put_nowait({"type": "websocket.disconnect", "code": 1005})
 
     def shutdown(self) -> None:
-        """The server stops: say so, so that the peer connects elsewhere."""
+        """The server stops: see to it that the peer connects elsewhere."""
+        if self._messages.transport is None:
+            self._transport.close()
+        else:
+            self._messages.on_stop()
+
+    def _end(self, code: WSCloseCode) -> None:
+        """The application is done with the connection, or has failed on it."""
         transport = self._messages.transport
         if transport is None:
             self._transport.close()
         elif not transport.is_disconnected:
-            transport.send_close(WSCloseCode.SERVICE_RESTART)
+            transport.send_close(code)
             transport.disconnect()
 
     async def _run(self) -> None:
+        code = WSCloseCode.SERVICE_RESTART  # where the task is cancelled
         try:
             await self._config.loaded_app(self._scope(), self._events.get, self._send)
+            code = WSCloseCode.OK
         except asyncio.CancelledError:
             raise
         except Exception as error:
             # Its text and traceback may hold values of a message, so the log gets its type.
             logger.error("a stream failed: %s", type(error).__name__)
+            code = WSCloseCode.INTERNAL_ERROR
         finally:
-            self.shutdown()
+            self._end(code)
 
     def _scope(self) -> MutableMapping[str, Any]:
         head, _, rest = self._request.partition(b"\r\n")
@@ -257,7 +323,7 @@ class WebSocket(asyncio.Protocol):
         elif kind == "websocket.close" and not self._accepted:
             self._refuse(403, (), b"")
         else:
-            self.shutdown()
+            self._end(WSCloseCode.OK)
 
     def _accept(self) -> None:
         """Give the connection to picows, which answers the upgrade request itself."""

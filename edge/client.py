@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from datamix import wire
 from datamix.errors import ConfigError, DataMixError, Unavailable, from_status
+from edge.access import Access
 from edge.mixing import decoys
 from edge.session import Device, Floats, Round, infer_group
 from edge.transport import StreamTransport, Transport, UnaryTransport
@@ -116,20 +117,26 @@ class Client:
         *,
         transport: Literal["stream", "unary"] = "stream",
         mode: str | None = None,
+        token: str | None = None,
+        ca_file: str | os.PathLike[str] | None = None,
         config: ClientConfig | None = None,
     ) -> None:
         """Open the bundle; the cloud is contacted on the first inference.
 
         Args:
-            url: base URL of the cloud, ``http://host:port``, or a transport of one's own.
+            url: base URL of the cloud, ``http(s)://host:port``, or a transport of one's own.
             bundle: folder or URI of the bundle (manifest and device weights are read), or a device.
             transport: which transport to use with a URL.
             mode: what leaves the device; None for the mode that the bundle was made for.
+            token: bearer token, where the cloud wants one.
+            ca_file: PEM file of the authorities that may vouch for an ``https`` cloud; None for
+                those that this machine trusts.
             config: timeouts, retries, concurrency.
 
         Raises:
             BundleError: the bundle cannot be read or trusted.
-            ConfigError: the bundle was made for another mode, or the URL is none.
+            ConfigError: the bundle was made for another mode, or the URL, the token or the file of
+                authorities is none.
         """
         if isinstance(bundle, str | os.PathLike):
             from edge.runtime import TorchDevice  # torch is only paid for where it is used
@@ -145,7 +152,10 @@ class Client:
             raise ConfigError(f"mode is {manifest.mode!r}, expected 'mix', the only one so far")
         self.config = config or ClientConfig()
         if isinstance(url, str):
-            self._transport = _connect(url, manifest.name, transport)
+            access = Access(token, None if ca_file is None else os.fspath(ca_file))
+            self._transport = _connect(url, manifest.name, access, transport)
+        elif token is not None or ca_file is not None:
+            raise ConfigError("a transport of one's own came with token or ca_file, expected none")
         else:
             self._transport = url
         self._dtype: wire.Dtype = self.config.wire_dtype or manifest.wire_dtype
@@ -273,11 +283,11 @@ class Client:
         return response.values()
 
 
-def _connect(url: str, model: str, transport: str) -> Transport:
+def _connect(url: str, model: str, access: Access, transport: str) -> Transport:
     if transport == "stream":
-        return StreamTransport(url, model)
+        return StreamTransport(url, model, access)
     if transport == "unary":
-        return UnaryTransport(url, model)
+        return UnaryTransport(url, model, access)
     raise ConfigError(f"transport is {transport!r}, expected 'stream' or 'unary'")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from http.cookiejar import DefaultCookiePolicy
@@ -39,6 +40,7 @@ from datamix.errors import (
     WireError,
     from_status,
 )
+from edge.access import Access, distrust
 
 # Ray Serve starts a task per request or stream that watches for disconnects. A stream notices by
 # itself, and a message then takes one queue less on its way (docs/decisions).
@@ -46,6 +48,13 @@ _HEADERS = {"x-request-disconnect-disabled": "?1"}
 # A connection on which requests wait and nothing comes for this long may be dead without a sign.
 _SILENCE_S = 2.0
 _CONNECT_S = 10.0  # for TCP and the WebSocket handshake together
+
+# picows would write each handshake into a log that is verbose enough, and the token stands in it.
+_quiet = logging.getLogger("picows.datamix")
+_quiet.setLevel(logging.WARNING)
+
+
+_ANYBODY = Access()
 
 
 class Transport(Protocol):
@@ -122,10 +131,18 @@ class StreamTransport:
         unmatched: answers that came too late or for a request nobody sent.
     """
 
-    def __init__(self, url: str, model: str, *, max_message_bytes: int = 1 << 26) -> None:
-        """Prepare; nothing is connected yet."""
+    def __init__(
+        self, url: str, model: str, access: Access = _ANYBODY, *, max_message_bytes: int = 1 << 26
+    ) -> None:
+        """Prepare; nothing is connected yet.
+
+        Raises:
+            ConfigError: the URL is none, or the file of authorities cannot be used.
+        """
         base = check_url(url)
         self._url = f"ws{base.removeprefix('http')}/v2/models/{model}/stream"
+        self._headers = {**_HEADERS, **access.headers}
+        self._ssl = access.context(base)
         self._max_message_bytes = max_message_bytes
         self._waiting: dict[str, asyncio.Future[wire.Response]] = {}
         self._socket: WSTransport | None = None
@@ -187,7 +204,9 @@ class StreamTransport:
                 socket, _ = await ws_connect(
                     self._listener,
                     self._url,
-                    extra_headers=_HEADERS,
+                    ssl_context=self._ssl,
+                    extra_headers=self._headers,
+                    logger_name=_quiet,
                     max_frame_size=self._max_message_bytes,
                     max_redirects=0,  # nobody sends the mixtures elsewhere
                     websocket_handshake_timeout=_CONNECT_S / 2,
@@ -195,7 +214,7 @@ class StreamTransport:
         except WSInvalidStatusError as error:
             raise _refusal(error) from error
         except (OSError, WSError, TimeoutError) as error:
-            raise Unavailable(f"cannot connect to the cloud: {error}") from error
+            raise distrust(error) or Unavailable(f"cannot connect to the cloud: {error}") from error
         if socket.is_disconnected:  # picows says so nowhere else
             raise Unavailable("the cloud hung up instead of opening a stream")
         self.connections += 1
@@ -239,12 +258,22 @@ class StreamTransport:
 class UnaryTransport:
     """One HTTP POST per request, over kept-alive connections."""
 
-    def __init__(self, url: str, model: str, *, max_message_bytes: int = 1 << 26) -> None:
-        """Prepare; nothing is connected yet."""
-        self._url = f"{check_url(url)}/v2/models/{model}/infer"
+    def __init__(
+        self, url: str, model: str, access: Access = _ANYBODY, *, max_message_bytes: int = 1 << 26
+    ) -> None:
+        """Prepare; nothing is connected yet.
+
+        Raises:
+            ConfigError: the URL is none, or the file of authorities cannot be used.
+        """
+        base = check_url(url)
+        self._url = f"{base}/v2/models/{model}/infer"
         self._max_message_bytes = max_message_bytes
         self._client = httpx.AsyncClient(
-            headers={**_HEADERS, "content-type": wire.MEDIA_TYPE}, trust_env=False
+            headers={**_HEADERS, **access.headers, "content-type": wire.MEDIA_TYPE},
+            # Without TLS none is made up: reading this machine's authorities takes 30 ms.
+            verify=access.context(base) or False,
+            trust_env=False,
         )
         # No cookies: the cloud would know requests of one client by them.
         self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
@@ -259,7 +288,9 @@ class UnaryTransport:
         except TimeoutError:
             raise Unavailable(f"no answer within {timeout_s:.3g} s") from None
         except httpx.HTTPError as error:
-            raise Unavailable(f"the request did not get through: {error!r}") from error
+            raise distrust(error) or Unavailable(
+                f"the request did not get through: {error!r}"
+            ) from error
         if reply.status_code != 200:
             raise _http_error(
                 reply.status_code, reply.content, reply.headers.get("retry-after", "")

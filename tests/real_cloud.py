@@ -207,7 +207,8 @@ class HttpPeer:
     ) -> None:
         """Send a request; do not wait for the reply."""
         length = "transfer-encoding: chunked" if chunked else f"content-length: {len(body)}"
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {media}\r\n{length}\r\n\r\n"
+        lines = [f"POST {path} HTTP/1.1", "host: x", f"content-type: {media}", length]
+        head = "\r\n".join([*lines, *self._headers(), "", ""])
         if chunked:
             pieces = [body[start : start + 1000] for start in range(0, len(body), 1000)]
             body = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
@@ -216,11 +217,15 @@ class HttpPeer:
         await self.writer.drain()
 
     async def request(self, method: str, path: str) -> Reply:
-        self.writer.write(f"{method} {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        lines = [f"{method} {path} HTTP/1.1", "host: x", *self._headers(), "", ""]
+        self.writer.write("\r\n".join(lines).encode())
         return await self.reply()
 
     async def get(self, path: str) -> Reply:
         return await self.request("GET", path)
+
+    def _headers(self) -> list[str]:
+        return [f"{key}: {value}" for key, value in self.headers.items()]
 
     async def reply(self) -> Reply:
         async with asyncio.timeout(PATIENCE_S):

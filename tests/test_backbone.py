@@ -344,6 +344,8 @@ def test_every_metric_of_the_table_moves(monkeypatch: pytest.MonkeyPatch) -> Non
     async def go() -> None:
         async with serving(CONFIG) as cloud:
             before = totals(cloud)
+            async with cloud.stream():
+                pass
             async with cloud.stream() as stream:
                 cloud.gate.close()
                 await stream.send(message_of(0))

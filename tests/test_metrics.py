@@ -20,10 +20,15 @@ from deployments.metrics import (
 )
 from deployments.waiting import Timing
 
-LABELS = {"model", "version", "outcome", "close_reason"}
+LABELS = {"model", "version", "outcome", "close_reason", "reason"}
 UNITS = ("_seconds", "_bytes", "_rows", "_ratio")
 # Counts of things, which have no unit.
-COUNTS = {"datamix_requests_total", "datamix_batches_total", "datamix_open_streams"}
+COUNTS = {
+    "datamix_requests_total",
+    "datamix_batches_total",
+    "datamix_open_streams",
+    "datamix_streams_closed_total",
+}
 
 
 def samples(registry: CollectorRegistry) -> dict[str, float]:
@@ -62,6 +67,7 @@ def busy_system() -> tuple[Statistics, Counter[str], Traffic]:
     statistics = Statistics(busy_s=0.5, batches=3, rows=12, queue_s=0.1)
     statistics.close_reasons.update({"engine_free": 2, "full": 1})
     traffic = Traffic(received_bytes=1000, sent_bytes=2000, open_streams=2)
+    traffic.streams_closed.update({"peer": 7, "idle": 2})
     traffic.astray.update({"404": 3})
     return statistics, Counter({"ok": 4, "429": 1}), traffic
 
@@ -136,6 +142,8 @@ def test_values_arrive_under_their_labels() -> None:
     assert total("datamix_sent_bytes_total") == 2000
     assert value("datamix_queue_rows") == 5
     assert total("datamix_open_streams") == 2
+    assert total("datamix_streams_closed_total", reason="peer") == 7
+    assert total("datamix_streams_closed_total", reason="idle") == 2
     assert value("datamix_batch_rows_sum") == 8
     assert value("datamix_batch_rows_bucket", le="8.0") == 1
     assert value("datamix_batch_rows_bucket", le="4.0") == 0

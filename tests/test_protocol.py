@@ -556,6 +556,7 @@ class FakeTransport:
     """What a stream needs of picows to stop reading."""
 
     is_disconnected = False
+    close_handshake = None
 
     def __init__(self) -> None:
         self.underlying_transport = self

@@ -8,8 +8,10 @@ every few milliseconds does for thousands of timers.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import secrets
+import ssl
 import time
 from collections import deque
 from collections.abc import Callable
@@ -36,6 +38,10 @@ _TICK_S = 0.001
 _RETRY_FLOOR = 100
 _HANDSHAKE_S = 10.0
 _READ_BUFFER_BYTES = 1 << 16  # one answer in one read, without growing
+
+# picows would write each handshake into a log that is verbose enough, and the token stands in it.
+_quiet = logging.getLogger("picows.datamix")
+_quiet.setLevel(logging.WARNING)
 
 
 @dataclass(slots=True)
@@ -157,6 +163,8 @@ class Shard:
     _done: asyncio.Future[None] = field(init=False)
     _start_s: float = field(init=False, default=float("inf"))
     _start_cpu_s: float = field(init=False, default=0.0)
+    _headers: dict[str, str] = field(init=False, repr=False)
+    _ssl: ssl.SSLContext | None = field(init=False)
     _window_s: float = field(init=False)
     _busy_ratio: float = field(init=False, default=0.0)
     _next: int = field(init=False, default=0)
@@ -176,6 +184,8 @@ class Shard:
         self._answered = np.zeros((int(config.duration_s + config.timeout_s) + 2, 2), np.int64)
         self._random = random.Random(config.seed * self.shards + self.number)
         self._gate = asyncio.Semaphore(max(1, config.connect_at_once // self.shards))
+        self._headers = config.access.headers
+        self._ssl = config.access.context(config.url)
         self._window_s = config.duration_s
         self._done = asyncio.get_running_loop().create_future()
 
@@ -200,8 +210,6 @@ class Shard:
 
     async def _open(self, device: FleetDevice, deadline_s: float) -> str | None:
         """Open one stream, with back-off; say why if it can't be done by then."""
-        token = self.config.token
-        headers = [("Authorization", f"Bearer {token}")] if token is not None else None
         attempt = 0
         while True:
             async with self._gate:
@@ -209,7 +217,9 @@ class Shard:
                     await ws_connect(
                         lambda: device,
                         self.config.stream_url(self.model),
-                        extra_headers=headers,
+                        ssl_context=self._ssl,
+                        extra_headers=self._headers,
+                        logger_name=_quiet,
                         websocket_handshake_timeout=_HANDSHAKE_S,
                         max_frame_size=1 << 26,
                         read_buffer_init_size=_READ_BUFFER_BYTES,
