@@ -187,6 +187,11 @@ class Backbone:
             "streams_closed": dict(self.traffic.streams_closed),
             "received_bytes": self.traffic.received_bytes,
             "sent_bytes": self.traffic.sent_bytes,
+            "copied_bytes": {
+                "receive": self.traffic.received_bytes,
+                "batch": sum(model["copied_bytes"] for model in models),
+                "send": self.traffic.sent_bytes,
+            },
             "models": models,
         }
 

@@ -17,7 +17,8 @@ class Config(BaseModel):
         bundle: folder or URI of the bundle, or several of them; only manifest and backbone weights
             are read. The first bundle of a model is its current version, until `datamix models`
             says otherwise.
-        engine: ``torch``, ``null``, or ``emulated:a_s,b_s`` which sleeps a + b * rows seconds.
+        engine: ``torch``, ``null``, or ``emulated:a_s,b_s`` which sleeps a + b * rows seconds per
+            batch, or ``emulated:PATH.json`` which sleeps as long as the profile says.
         echo_shape: row shape that a null or emulated engine echoes where there is no bundle.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: what the engine computes in.
@@ -25,6 +26,7 @@ class Config(BaseModel):
         threads: CPU threads of one forward; None leaves torch's own choice.
         max_batch_rows: rows in a batch at most.
         max_queue_rows: rows waiting at most; beyond it requests are shed with 429.
+        max_queue_bytes: bytes of the rows waiting at most; beyond it, too, requests are shed.
         target_batch_s: seconds a batch should take at most: once the batcher has learned what rows
             cost, batches get no more than that allows, but always one request. Leave room for many
             rows, or much of the time goes into the fixed cost of each batch. None: no target.
@@ -54,6 +56,7 @@ class Config(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     max_batch_rows: int = Field(default=256, ge=1)
     max_queue_rows: int = Field(default=8192, ge=1)
+    max_queue_bytes: int = Field(default=512 << 20, ge=1)
     target_batch_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_request_bytes: int = Field(default=8 << 20, ge=1024, le=16 << 20)
     max_request_rows: int = Field(default=128, ge=1)
@@ -74,7 +77,7 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _agree(self) -> Config:
         try:
-            kind = parse_engine(self.engine)[0]
+            kind = parse_engine(self.engine).kind
             check_device(self.device)
         except ConfigError as error:
             raise ValueError(str(error)) from error
@@ -91,5 +94,12 @@ class Config(BaseModel):
             raise ValueError(
                 f"max_request_rows is {self.max_request_rows}, expected at most max_queue_rows "
                 f"({self.max_queue_rows}), or the largest requests would be shed for ever"
+            )
+        # Twice: a number of one digit and its comma become four bytes.
+        if 2 * self.max_request_bytes > self.max_queue_bytes:
+            raise ValueError(
+                f"max_queue_bytes is {self.max_queue_bytes}, expected at least twice "
+                f"max_request_bytes ({self.max_request_bytes}), or the largest requests would be "
+                "shed for ever"
             )
         return self

@@ -56,6 +56,13 @@ TABLE: tuple[Metric, ...] = (
     ),
     Metric("datamix_received_bytes_total", "counter", "Bytes of requests received."),
     Metric("datamix_sent_bytes_total", "counter", "Bytes of responses sent."),
+    Metric(
+        "datamix_copied_bytes_total",
+        "counter",
+        "Bytes copied, by step: receive (out of the socket, once per message), batch (into "
+        "the engine's batch, and on to its device) or send (behind the answer's frame).",
+        (*_MODEL, "step"),
+    ),
     Metric("datamix_queue_rows", "gauge", "Rows waiting for the engine.", _MODEL),
     Metric("datamix_open_streams", "gauge", "WebSocket streams open."),
     Metric(
@@ -149,10 +156,10 @@ class Traffic:
     """Plain running totals of a replica that belong to no model; see :class:`Recorder`.
 
     Attributes:
-        received_bytes: bytes of requests, as messages.
+        received_bytes: bytes of requests, as messages; each is copied once from the socket's
+            buffer (a HTTP body that comes in pieces is joined besides, which nobody counts).
         sent_bytes: bytes of responses, as messages.
         open_streams: WebSockets open now.
-        streams_closed: WebSockets that ended, by why.
         streams_closed: WebSockets that ended, by why.
         astray: requests refused before a model was found for them, by HTTP status.
     """
@@ -212,6 +219,7 @@ class ModelRecorder:
             advance("datamix_batches_total", count, close_reason=reason)
         advance("datamix_rows_total", statistics.rows)
         advance("datamix_engine_busy_seconds_total", statistics.busy_s)
+        advance("datamix_copied_bytes_total", statistics.copied_bytes, step="batch")
         self._recorder.record("datamix_queue_rows", queue_rows)
 
 
@@ -231,4 +239,6 @@ class TrafficRecorder:
             advance("datamix_streams_closed_total", count, reason=reason)
         advance("datamix_received_bytes_total", traffic.received_bytes)
         advance("datamix_sent_bytes_total", traffic.sent_bytes)
+        for step, count in (("receive", traffic.received_bytes), ("send", traffic.sent_bytes)):
+            advance("datamix_copied_bytes_total", count, model="", version="", step=step)
         self._recorder.record("datamix_open_streams", traffic.open_streams)

@@ -13,7 +13,8 @@ from datamix import wire
 from datamix.errors import ConfigError, NotFound, TooLarge, WireError
 from deployments.batcher import Batcher
 from deployments.config import Config
-from deployments.engine import Block, EchoEngine, Engine, Rows, TorchEngine, parse_engine
+from deployments.engine import Block, Engine, Rows, parse_engine
+from deployments.engines import echo_engine, torch_engine
 from deployments.metrics import Backend, ModelRecorder
 from deployments.table import Entry
 
@@ -48,6 +49,7 @@ class ServedModel:
             loop,
             max_batch_rows=config.max_batch_rows,
             max_queue_rows=config.max_queue_rows,
+            max_queue_bytes=config.max_queue_bytes,
             target_batch_s=config.target_batch_s,
             on_batch=self._recorder.batch,
             clock=clock,
@@ -109,6 +111,7 @@ class ServedModel:
             "batch_rows_mean": statistics.rows / max(1, statistics.batches),
             "queue_s": statistics.queue_s,
             "queue_rows": self.batcher.queue_rows,
+            "copied_bytes": statistics.copied_bytes,
             "requests": dict(self.outcomes),
             "close_reasons": dict(statistics.close_reasons),
         }
@@ -147,28 +150,20 @@ def load(config: Config, bundle: str | None) -> Loaded:
 
 def build_engine(config: Config, bundle: str | None) -> Loaded:
     """The model's engine, cold; see :func:`load`."""
-    kind, a_s, b_s = parse_engine(config.engine)
+    text = parse_engine(config.engine)
     if bundle is None:
         assert config.echo_shape is not None  # Config holds this
         echo = Entry(name="echo", version="1", bundle=None)
-        return Loaded(echo, EchoEngine([config.echo_shape], a_s, b_s))
+        return Loaded(echo, echo_engine(text, [config.echo_shape]))
     from datamix.bundle import load_backbone, read_manifest
 
-    if kind != "torch":
+    if text.kind != "torch":
         manifest = read_manifest(bundle)
-        shapes = [block.input_shape for block in manifest.blocks]
-        engine: Engine = EchoEngine(shapes, a_s, b_s)
+        engine = echo_engine(text, [block.input_shape for block in manifest.blocks])
     else:
         manifest, modules = load_backbone(bundle)
-        engine = TorchEngine(
-            modules,
-            [Block(block.input_shape, block.output_shape) for block in manifest.blocks],
-            max_batch_rows=config.max_batch_rows,
-            device=config.device,
-            dtype=config.dtype,
-            channels_last=config.channels_last,
-            threads=config.threads,
-        )
+        blocks = [Block(block.input_shape, block.output_shape) for block in manifest.blocks]
+        engine = torch_engine(modules, blocks, config)
     return Loaded(Entry(name=manifest.name, version=manifest.version, bundle=bundle), engine)
 
 

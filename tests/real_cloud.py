@@ -20,7 +20,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from datamix import wire
 from deployments.backbone import Backbone
 from deployments.config import Config
-from deployments.engine import Array, Rows
+from deployments.engine import Array, Pending, Rows
 from deployments.metrics import PrometheusBackend
 from deployments.model import ServedModel
 from deployments.protocol import Protocol
@@ -40,22 +40,22 @@ class Gate:
     """Stands before a backbone's engine; closed, it stops each batch until it is opened."""
 
     def __init__(self, backbone: Backbone) -> None:
-        self._run = first(backbone).engine.run
+        self._start = first(backbone).engine.start
         self._open = threading.Event()
         self._open.set()
         self.entered = threading.Semaphore(0)
         self.batches: list[list[Array]] = []
         self.fails_on: float | None = None
-        first(backbone).engine.run = self.run  # type: ignore[method-assign]
+        first(backbone).engine.start = self.start  # type: ignore[method-assign]
 
-    def run(self, block: int, requests: Sequence[Rows]) -> Sequence[Array]:
+    def start(self, block: int, requests: Sequence[Rows]) -> Pending:
         self.batches.append([request.features for request in requests])
         self.entered.release()
         if not self._open.wait(PATIENCE_S):
             raise RuntimeError("the test did not open the gate")
         if any((request.features == self.fails_on).any() for request in requests):
             raise RuntimeError(f"secret {requests[0].features} in /some/path")
-        return self._run(block, requests)
+        return self._start(block, requests)
 
     def close(self) -> None:
         self._open.clear()

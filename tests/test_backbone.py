@@ -24,6 +24,7 @@ from deployments import backbone as module
 from deployments import model as models
 from deployments.backbone import Backbone
 from deployments.config import Config
+from deployments.emulated import Cost, EmulatedEngine
 from deployments.engine import Block, EchoEngine, Rows
 from deployments.metrics import TABLE, Metric, PrometheusBackend
 from deployments.model import Loaded, build_engine
@@ -133,8 +134,8 @@ def test_an_emulated_engine() -> None:
     config = CONFIG.model_copy(update={"engine": "emulated:0.5,0.001"})
     entry, engine = build_engine(config, None)
     assert entry == Entry(name="echo", version="1", bundle=None)
-    assert isinstance(engine, EchoEngine)
-    assert (engine.a_s, engine.b_s) == (0.5, 0.001)
+    assert isinstance(engine, EmulatedEngine)
+    assert engine.costs == [Cost(0.5, 0.001)]
 
 
 def test_a_bundle_that_was_tampered_with(cloud_only: Path) -> None:

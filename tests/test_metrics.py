@@ -20,7 +20,7 @@ from deployments.metrics import (
 )
 from deployments.waiting import Timing
 
-LABELS = {"model", "version", "outcome", "close_reason", "reason"}
+LABELS = {"model", "version", "outcome", "close_reason", "reason", "step"}
 UNITS = ("_seconds", "_bytes", "_rows", "_ratio")
 # Counts of things, which have no unit.
 COUNTS = {
@@ -64,7 +64,7 @@ class Replica:
 
 def busy_system() -> tuple[Statistics, Counter[str], Traffic]:
     """Totals as they stand after some work."""
-    statistics = Statistics(busy_s=0.5, batches=3, rows=12, queue_s=0.1)
+    statistics = Statistics(busy_s=0.5, batches=3, rows=12, queue_s=0.1, copied_bytes=700)
     statistics.close_reasons.update({"engine_free": 2, "full": 1})
     traffic = Traffic(received_bytes=1000, sent_bytes=2000, open_streams=2)
     traffic.streams_closed.update({"peer": 7, "idle": 2})
@@ -140,6 +140,9 @@ def test_values_arrive_under_their_labels() -> None:
     assert value("datamix_engine_busy_seconds_total") == 0.5
     assert total("datamix_received_bytes_total") == 1000
     assert total("datamix_sent_bytes_total") == 2000
+    assert total("datamix_copied_bytes_total", model="", version="", step="receive") == 1000
+    assert total("datamix_copied_bytes_total", model="", version="", step="send") == 2000
+    assert value("datamix_copied_bytes_total", step="batch") == 700
     assert value("datamix_queue_rows") == 5
     assert total("datamix_open_streams") == 2
     assert total("datamix_streams_closed_total", reason="peer") == 7

@@ -19,6 +19,7 @@ from websockets.exceptions import InvalidStatus
 
 from datamix import wire
 from deployments.config import Config
+from deployments.engine import Settled
 from deployments.waiting import Job
 from deployments.websocket import EXTENSION, Messages
 from tests.real_cloud import (
@@ -787,10 +788,10 @@ def test_an_output_that_int8_cannot_hold() -> None:
     """Float outputs travel as they are and the device judges them; int8 has no NaN."""
 
     async def test(cloud: Cloud) -> None:
-        def overflow(block: int, requests: Any) -> list[Any]:
-            return [np.full(request.features.shape, np.inf, np.float32) for request in requests]
+        def overflow(block: int, requests: Any) -> Settled:
+            return Settled([np.full(rows.features.shape, np.inf, np.float32) for rows in requests])
 
-        cloud.model.engine.run = overflow  # type: ignore[method-assign]
+        cloud.model.engine.start = overflow  # type: ignore[method-assign]
         async with http(cloud) as peer:
             reply = await peer.post(message_of(0, dtype="int8"))
             assert reply.status == 422
