@@ -7,6 +7,7 @@ reference and tests can build one without Ray.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -22,6 +23,7 @@ from deployments import oip, websocket
 from deployments.catalog import Catalog
 from deployments.config import Config
 from deployments.metrics import Backend, RayBackend, Traffic, TrafficRecorder
+from deployments.peers import Peers, RayPeers, announce
 from deployments.protocol import Protocol
 from deployments.store import RayStore, Store
 from deployments.streams import Streams
@@ -38,7 +40,11 @@ class Backbone:
     """Serves the backbones of one or more bundles. Must be built on a running event loop."""
 
     def __init__(
-        self, config: Config, backend: Backend | None = None, store: Store | None = None
+        self,
+        config: Config,
+        backend: Backend | None = None,
+        store: Store | None = None,
+        peers: Peers | None = None,
     ) -> None:
         """Load, warm up, and start the engines' threads.
 
@@ -46,6 +52,7 @@ class Backbone:
             config: the application's settings.
             backend: where metrics go; None for Ray's metrics agent.
             store: where the table of models is kept; None for Ray's control store.
+            peers: the other replicas; None for those that Serve runs.
 
         Raises:
             BundleError: a bundle cannot be read or trusted.
@@ -66,6 +73,14 @@ class Backbone:
         self._replica = secrets.token_hex(4)
         self._started = self.clock()
         self._tasks = [loop.create_task(self._publish()), loop.create_task(self._follow())]
+        if config.rotate_streams_within_s is not None:
+            hello = announce(peers or RayPeers(), config.rotate_streams_within_s)
+            self._tasks.append(loop.create_task(hello))
+        if backend is None:
+            # In a process of Ray's: a full collection would stop the event loop for 0.1 s to look
+            # at the quarter of a million objects that were there before the first request.
+            gc.collect()
+            gc.freeze()
         self.ready = True
 
     def __serve_build_asgi_app__(self) -> Protocol:  # noqa: PLW3201 (the name is Ray's)
@@ -95,6 +110,14 @@ class Backbone:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def rotate_streams(self, share: float, within_s: float) -> int:
+        """Send a share of the devices elsewhere, oldest streams first: to replicas that are new.
+
+        Ray's ``handle.broadcast("rotate_streams", share, within_s)`` calls it on every replica. It
+        returns at once; see :meth:`deployments.streams.Streams.rotate`.
+        """
+        return self.streams.rotate(share, within_s)
 
     # --- what `datamix models` asks of every replica ---
 

@@ -40,6 +40,9 @@ class Config(BaseModel):
         max_stream_buffer_bytes: answers that may wait in this process for one peer to read them;
             beyond it is cut off at once. A peer that reads slowly is not read from, so that without
             this bound they were at most ``max_stream_requests`` answers.
+        rotate_streams_within_s: when a replica has started, all of them let go of their streams
+            within so many seconds, sooner where HAProxy would cut them sooner, and devices connect
+            anew where there are fewest; None: never.
         tokens_file: file of the bearer tokens that are let in (docs/security.md), at the same place
             on every node; None lets everybody in.
         health_timeout_s: how long the engine may take to answer a health probe.
@@ -64,6 +67,7 @@ class Config(BaseModel):
     stream_idle_timeout_s: float | None = Field(default=600.0, gt=0, allow_inf_nan=False)
     slow_reader_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     max_stream_buffer_bytes: int = Field(default=64 << 20, ge=1 << 16)
+    rotate_streams_within_s: float | None = Field(default=60.0, gt=0, allow_inf_nan=False)
     tokens_file: str | None = Field(default=None, min_length=1)
     health_timeout_s: float = Field(default=8.0, gt=0, allow_inf_nan=False)
 

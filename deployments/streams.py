@@ -6,7 +6,8 @@ One sweep a second looks at all of them, so that a message costs no timer and no
     slow_reader    the peer reads nothing for ``slow_reader_timeout_s``: cut off. At once where more
                    than ``max_stream_buffer_bytes`` wait for it
     unauthorized   its token is no longer in the file: goodbye
-    stopped        the replica stops: what is in flight is answered, then goodbye
+    rotated        it was asked to go elsewhere: what is in flight is answered, then goodbye
+    stopped        the replica stops: likewise
 
 A goodbye is a close frame, whose code says whether to come again (docs/wire.md). A peer that does
 not answer it is cut off after a while.
@@ -17,12 +18,14 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
+import math
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from picows import WSCloseCode
 
+from datamix.errors import ConfigError
 from deployments.waiting import Job
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ _STOP_STEP_S = 0.001  # between two streams when all must go: each is a handshak
 
 _CODES = {
     "idle": WSCloseCode.GOING_AWAY,
+    "rotated": WSCloseCode.SERVICE_RESTART,
     "stopped": WSCloseCode.SERVICE_RESTART,
     "unauthorized": WSCloseCode.POLICY_VIOLATION,
 }
@@ -57,6 +61,7 @@ class Stream:
         opened_s: when it was opened.
         active_s: when the sweep last saw that a message came or was owed an answer.
         full_s: since when the sweep sees that the peer reads nothing; None while it reads.
+        is_leaving: it will be told to go elsewhere.
         reason: why it ends; "" as long as it does not.
         ends_s: when the next step of its end is due, whatever the peer does.
     """
@@ -77,6 +82,7 @@ class Stream:
         self.token = token
         self.opened_s = self.active_s = now
         self.full_s: float | None = None
+        self.is_leaving = False
         self.reason = ""
         self.ends_s = float("inf")
         self._limit = limit
@@ -284,6 +290,36 @@ class Streams:
 
     # --- goodbyes ---
 
+    def rotate(self, share: float, within_s: float) -> int:
+        """Move the oldest streams to wherever their devices are led next; return how many.
+
+        Each is told when its turn comes, evenly spread, and answered first what is in flight. A
+        stream that opens meanwhile stays, as does one that was told before.
+
+        Whenever replicas come or go, Ray reloads HAProxy, and the old worker cuts its streams
+        after RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S (120), whatever is in flight: all streams, moved
+        within that time, are not affected.
+
+        Args:
+            share: of the open streams, above 0 and at most 1.
+            within_s: seconds until the last one is told; 0 for all at once.
+
+        Raises:
+            ConfigError: a number that makes no sense.
+        """
+        if not 0 < share <= 1:
+            raise ConfigError(f"share is {share}, expected more than 0, at most 1")
+        if not 0 <= within_s < math.inf:
+            raise ConfigError(f"within_s is {within_s}, expected 0 or more, finite")
+        staying = [s for s in self._open if not (s.is_leaving or s.reason)]
+        going = staying[: math.ceil(share * len(staying))]
+        now = self._clock()
+        for number, stream in enumerate(going):
+            self._leave(stream, "rotated", now + within_s * number / len(going))
+        if going:
+            self._arm(0.0)
+        return len(going)
+
     def _stop(self, stream: Stream) -> None:
         """The server stops: let the stream go, a little after the one before."""
         now = self._clock()
@@ -292,4 +328,5 @@ class Streams:
         self._arm(max(0.0, self._leaving[0][0] - now))
 
     def _leave(self, stream: Stream, reason: str, at_s: float) -> None:
+        stream.is_leaving = True
         heapq.heappush(self._leaving, (at_s, next(self._order), stream, reason))

@@ -23,6 +23,7 @@ from deployments.config import Config
 from deployments.engine import Array, Pending, Rows
 from deployments.metrics import PrometheusBackend
 from deployments.model import ServedModel
+from deployments.peers import NoPeers
 from deployments.protocol import Protocol
 from deployments.store import MemoryStore, Store
 from deployments.waiting import Job
@@ -127,7 +128,7 @@ class Cloud:
 async def replica(config: Config, store: Store | None = None) -> AsyncIterator[Cloud]:
     """A replica without a server; for tests that call the ASGI application themselves."""
     registry = CollectorRegistry()
-    backbone = Backbone(config, PrometheusBackend(registry), store or MemoryStore())
+    backbone = Backbone(config, PrometheusBackend(registry), store or MemoryStore(), NoPeers())
     gate = Gate(backbone)
     app = backbone.__serve_build_asgi_app__()
     try:

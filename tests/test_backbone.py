@@ -28,6 +28,7 @@ from deployments.emulated import Cost, EmulatedEngine
 from deployments.engine import Block, EchoEngine, Rows
 from deployments.metrics import TABLE, Metric, PrometheusBackend
 from deployments.model import Loaded, build_engine
+from deployments.peers import NoPeers
 from deployments.store import MemoryStore
 from deployments.table import Entry
 from deployments.waiting import Job
@@ -194,7 +195,7 @@ def test_a_backbone_that_is_not_what_its_manifest_says(monkeypatch: pytest.Monke
     monkeypatch.setattr(models, "build_engine", lambda config, bundle: Loaded(ECHO, engine))
 
     async def go() -> None:
-        Backbone(CONFIG, PrometheusBackend(CollectorRegistry()), MemoryStore())
+        Backbone(CONFIG, PrometheusBackend(CollectorRegistry()), MemoryStore(), NoPeers())
 
     with pytest.raises(ConfigError) as raised:
         asyncio.run(go())

@@ -24,6 +24,7 @@ from deployments.backbone import Backbone
 from deployments.config import Config
 from deployments.metrics import PrometheusBackend
 from deployments.model import Loaded, load
+from deployments.peers import NoPeers
 from deployments.store import MemoryStore
 from deployments.table import Table
 from tests.real_cloud import PATIENCE_S, Cloud, answer, ask, http, serving
@@ -58,7 +59,7 @@ class Replicas:
         self.models = Models(self.broadcast, self.store)
 
     def start(self) -> Backbone:
-        return Backbone(self.config, PrometheusBackend(CollectorRegistry()), self.store)
+        return Backbone(self.config, PrometheusBackend(CollectorRegistry()), self.store, NoPeers())
 
     def broadcast(self, method: str, *arguments: Any) -> Sequence[dict[str, Any]]:
         async def all_of_them() -> list[dict[str, Any]]:
@@ -235,7 +236,9 @@ def test_a_table_of_another_configuration_is_not_followed(bundles: dict[str, str
     async def test(application: Replicas) -> None:
         await asyncio.to_thread(application.models.load, bundles["a2"])
         config = Config(bundle=bundles["b1"], engine="null")
-        other = Backbone(config, PrometheusBackend(CollectorRegistry()), application.store)
+        other = Backbone(
+            config, PrometheusBackend(CollectorRegistry()), application.store, NoPeers()
+        )
         try:
             assert [(m.name, m.version) for m in other.catalog] == [("b", "1")]
         finally:

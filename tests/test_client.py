@@ -565,7 +565,7 @@ async def test_a_cancelled_inference_leaves_nothing_behind() -> None:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert transport._waiting == {}
+            assert not any(connection.waiting for connection in transport._open)
 
 
 @asynchronous

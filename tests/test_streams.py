@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import uvloop
 from picows import WSCloseCode, WSMsgType
@@ -18,6 +19,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from datamix import wire
+from datamix.bundle import BlockShape
+from datamix.errors import ConfigError
 from datamix.tokens import authorization, digest
 from deployments import streams as module
 from deployments.config import Config
@@ -26,6 +29,8 @@ from deployments.streams import REASONS, Stream, Streams
 from deployments.tokens import Tokens
 from deployments.waiting import Job
 from deployments.websocket import MAX_MESSAGE_BYTES, Messages, _Listener
+from edge.client import Client
+from tests.fake_device import SHAPES, FakeDevice, raw_inputs
 from tests.real_cloud import (
     PATIENCE_S,
     SHAPE,
@@ -572,3 +577,131 @@ def test_a_message_of_many_fragments_costs_no_more_than_its_bytes() -> None:
     assert socket.goodbye() is None
     listener.on_ws_frame(socket, part)  # type: ignore[arg-type]
     assert socket.goodbye() == WSCloseCode.MESSAGE_TOO_BIG
+
+
+# --- rotation ------------------------------------------------------------------------------------
+
+
+def test_the_oldest_share_goes_evenly_spread() -> None:
+    async def go() -> None:
+        house = House()
+        sockets = [house.open()[1] for _ in range(10)]
+        assert house.streams.rotate(0.5, 10) == 5
+        gone = []
+        for _ in range(11):
+            house.after(0)
+            gone.append(sum(socket.goodbye() is not None for socket in sockets))
+            house.clock.now += 1
+        assert gone == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5]
+        codes = [socket.goodbye() for socket in sockets]
+        assert codes == [WSCloseCode.SERVICE_RESTART] * 5 + [None] * 5
+        for stream in list(house.streams):
+            house.streams.close(stream)
+        assert house.traffic.streams_closed == {"rotated": 5, "peer": 5}
+        house.streams.stop()
+
+    asyncio.run(go())
+
+
+def test_the_next_sweep_comes_when_the_next_stream_goes() -> None:
+    async def go() -> None:
+        house = House()
+        for _ in range(10):
+            house.open()
+        assert house.after(0) == module._SWEEP_S
+        house.streams.rotate(1, 2)
+        assert house.after(0) == pytest.approx(0.2)
+        assert house.after(0.15) == pytest.approx(0.05)
+        assert house.after(10) == module._SWEEP_S
+        house.streams.stop()
+
+    asyncio.run(go())
+
+
+def test_a_stream_goes_once_and_new_ones_stay() -> None:
+    async def go() -> None:
+        house = House()
+        old = [house.open()[1] for _ in range(4)]
+        assert house.streams.rotate(0.5, 5) == 2
+        assert house.streams.rotate(1, 5) == 2  # the others
+        assert house.streams.rotate(1, 5) == 0
+        _, new = house.open()
+        gone, _ = house.open()
+        assert house.streams.rotate(0.5, 0) == 1  # the older one of the two
+        house.streams.close(gone)
+        house.after(6)
+        assert all(socket.goodbye() is not None for socket in [*old, new])
+        house.streams.stop()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("share", "within_s"),
+    [(0, 1), (-0.1, 1), (1.1, 1), (float("nan"), 1), (1, -1), (1, float("inf")), (1, float("nan"))],
+)
+def test_rotations_that_make_no_sense(share: float, within_s: float) -> None:
+    with pytest.raises(ConfigError):
+        House().streams.rotate(share, within_s)
+
+
+class EchoDevice(FakeDevice):
+    """A device whose cloud echoes: de-mixing gives the features back."""
+
+    def __init__(self) -> None:
+        super().__init__(rounds=1)
+        block = BlockShape(input_shape=SHAPES[0][0], output_shape=SHAPES[0][0])
+        self.manifest = self.manifest.model_copy(update={"blocks": (block,)})
+
+    def head(self, features: Any) -> Any:
+        return features.reshape(len(features), -1)
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_clients_survive_rotations_without_a_failure_or_a_retry(loop: str) -> None:
+    """50 clients under constant load, a slow engine, all streams moved twice: nobody notices."""
+    clients = 50
+    device = EchoDevice()
+    answered = 0
+
+    async def load(client: Client, enough: asyncio.Event) -> None:
+        nonlocal answered
+        while not enough.is_set():
+            inputs = raw_inputs(8, answered)
+            outputs = await client.infer(inputs)
+            expected = device.head(device.stem(device.preprocess(inputs)))
+            assert np.abs(outputs - expected).max() < 0.01
+            answered += 1
+
+    async def go() -> None:
+        config = Config(
+            engine="emulated:0.004,0", echo_shape=SHAPES[0][0], max_batch_rows=128,
+            max_stream_requests=4,
+        )  # fmt: skip
+        async with serving(config) as cloud, AsyncExitStack() as stack:
+            some = [
+                await stack.enter_async_context(Client(cloud.url, device)) for _ in range(clients)
+            ]
+            enough = asyncio.Event()
+            busy = [asyncio.create_task(load(client, enough)) for client in some]
+            traffic = cloud.backbone.traffic
+            await until(lambda: traffic.open_streams == clients)
+            assert await cloud.backbone.rotate_streams(1.0, 0.3) == clients
+            await until(lambda: traffic.streams_closed["rotated"] == clients)
+            await until(lambda: traffic.open_streams == clients)
+            assert await cloud.backbone.rotate_streams(1.0, 0.0) == clients
+            await until(lambda: traffic.streams_closed["rotated"] == 2 * clients)
+            before = answered
+            await until(lambda: answered > before + 2 * clients)
+            enough.set()
+            await asyncio.gather(*busy)
+            assert [client.retries for client in some] == [0] * clients
+            connections = [client._transport.connections for client in some]  # type: ignore[attr-defined]
+            assert connections == [3] * clients
+            # Each answer was asked for: nothing was computed twice.
+            assert cloud.outcomes == {"ok": 2 * answered}
+
+    factory = uvloop.new_event_loop if loop == "uvloop" else None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(go())
+    assert answered > 3 * clients

@@ -44,7 +44,11 @@ class Files(NamedTuple):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    folder = tmp_path_factory.mktemp("tls")
+    return issue(tmp_path_factory.mktemp("tls"))
+
+
+def issue(folder: Path) -> Files:
+    """Make the files anew."""
     ours, theirs = trustme.CA(), trustme.CA()
     found = Files(*(str(folder / f"{name}.pem") for name in Files._fields))
     ours.cert_pem.write_to_path(found.ca)
@@ -54,7 +58,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 @asynccontextmanager
-async def haproxy(files: Files, cloud: Cloud) -> AsyncIterator[int]:
+async def haproxy(files: Files, front_door: int) -> AsyncIterator[int]:
     """HAProxy as docs/security.md starts it; its port. It must have nothing to say."""
     port = free_port()
     process = await asyncio.create_subprocess_exec(
@@ -64,7 +68,7 @@ async def haproxy(files: Files, cloud: Cloud) -> AsyncIterator[int]:
             "DATAMIX_TLS_BIND": f"127.0.0.1:{port}",
             "DATAMIX_TLS_CERT": files.certificate,
             "DATAMIX_TLS_MAXCONN": "100",
-            "DATAMIX_FRONT_DOOR": f"127.0.0.1:{cloud.port}",
+            "DATAMIX_FRONT_DOOR": f"127.0.0.1:{front_door}",
         },
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -99,7 +103,7 @@ async def through_tls(files: Files, tmp_path: Path, test: Test) -> None:
         engine="null", echo_shape=SHAPE, tokens_file=str(tokens), max_batch_rows=4096,
         max_request_rows=4096, max_queue_rows=100_000,
     )  # fmt: skip
-    async with serving(config) as cloud, haproxy(files, cloud) as port:
+    async with serving(config) as cloud, haproxy(files, cloud.port) as port:
         await test(cloud, port)
 
 

@@ -37,6 +37,7 @@ _SWEEP_S = 0.01
 _TICK_S = 0.001
 _RETRY_FLOOR = 100
 _HANDSHAKE_S = 10.0
+_SHORT_S = 0.1  # for a stream
 _READ_BUFFER_BYTES = 1 << 16  # one answer in one read, without growing
 
 # picows would write each handshake into a log that is verbose enough, and the token stands in it.
@@ -58,6 +59,7 @@ class Counters:
         requests_sent: messages sent, retries included.
         retries: messages sent again.
         reconnects: streams opened again.
+        moved: messages sent again because the cloud had moved the stream unread, which is no retry.
         duplicates: second answers to a message that was answered.
         late: answers after the device had given up.
         misrouted: answers to a message that another device of this process sent.
@@ -74,6 +76,7 @@ class Counters:
     requests_sent: int = 0
     retries: int = 0
     reconnects: int = 0
+    moved: int = 0
     duplicates: int = 0
     late: int = 0
     misrouted: int = 0
@@ -234,13 +237,16 @@ class Shard:
             await asyncio.sleep(pause_s)
 
     async def _reopen(self, device: FleetDevice) -> None:
-        await asyncio.sleep(backoff_s(1, self._random))
+        # A cloud that sends a device away as soon as it comes is not asked again at once.
+        if not device.moved or self.clock() - device.opened_s < _SHORT_S:
+            await asyncio.sleep(backoff_s(1, self._random))
         if await self._open(device, float("inf")) is None:
             self.counters.reconnects += 1
 
     def on_connected(self, device: FleetDevice) -> None:
         """Send what waited for the stream."""
         self._connected += 1
+        device.opened_s = self.clock()
         waiting, device.waiting = device.waiting, []
         for flight in waiting:
             if flight.inference is not None:
@@ -253,6 +259,10 @@ class Shard:
             return
         for flight in list(device.flights):
             if flight.sent and self._flights.pop(flight.request_id, None) is not None:
+                if device.moved:
+                    flight.moved = True
+                    device.waiting.append(flight)
+                    continue
                 flight.status = result.CONNECTION
                 if self._may_retry(flight):
                     device.waiting.append(flight)
@@ -407,9 +417,12 @@ class Shard:
             flight.attempts += 1
             column["retries"][position] += 1
             self.counters.retries += 1
+        elif flight.moved:
+            self.counters.moved += 1
         elif flight.block == 0:
             column["sent_s"][position] = self.clock() - self._start_s
         flight.sent = True
+        flight.moved = False
         self._flights[flight.request_id] = flight
         self.counters.requests_sent += 1
         column["bytes_up"][position] += len(flight.message)
