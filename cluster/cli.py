@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from cluster.models_cli import app as models
 from datamix.errors import ConfigError, DataMixError
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(models, name="models")
 
 
 # What pyproject.toml's extras bring that a command may miss.
@@ -113,7 +115,10 @@ def demo(
 
 @app.command()
 def serve(
-    bundle: Annotated[str | None, typer.Option(help="Folder or URI of the bundle.")] = None,
+    bundle: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder or URI of a bundle; several may be given."),
+    ] = None,
     port: Annotated[int, typer.Option(help="The front door's port.")] = 8000,
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster: auto or host:port; else our own.")
@@ -138,14 +143,13 @@ def serve(
     """Serve a bundle's backbone in the foreground; Ctrl-C takes everything down."""
     from pydantic import ValidationError
 
+    from cluster.local import absolute
     from cluster.serve import serve as run
     from deployments.config import Config
 
-    if bundle is not None and Path(bundle).exists():
-        bundle = str(Path(bundle).resolve())  # replicas run in a folder of their own
     try:
         config = Config(
-            bundle=bundle,
+            bundle=tuple(map(absolute, bundle or ())) or None,
             engine=engine,
             echo_shape=echo_shape.split(",") if echo_shape else None,  # type: ignore[arg-type]
             device=device,

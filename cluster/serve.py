@@ -14,6 +14,7 @@ from types import FrameType
 from cluster.local import APPLICATION, deploy, local_cluster
 from datamix.errors import ConfigError, Unavailable
 from deployments.config import Config
+from deployments.store import RayStore
 from deployments.tokens import Tokens
 
 
@@ -35,7 +36,9 @@ def serve(config: Config, *, port: int, replicas: int = 1, address: str | None =
             if config.tokens_file is not None:
                 Tokens(config.tokens_file, time.monotonic)  # says what is wrong before Ray starts
             cluster = local_cluster(config, port=port, replicas=replicas, say=_say)
-            url = stack.enter_context(cluster).url
+            running = stack.enter_context(cluster)
+            url = running.url
+            print(f"datamix models --address {running.address}", flush=True)
         else:
             url = stack.enter_context(_on_cluster(config, address, port, replicas))
         print(f"serving at {url}, Ctrl-C ends it", flush=True)
@@ -61,6 +64,8 @@ def _on_cluster(config: Config, address: str, port: int, replicas: int) -> Itera
     try:
         if APPLICATION in ray_serve.status().applications:
             raise ConfigError(f"application {APPLICATION!r} runs on {address!r} already")
+        # A table of models that an application of the same name left behind is not ours.
+        RayStore(APPLICATION).write(None)
         try:
             # All interfaces: on a cluster HAProxy of every node is a front door.
             yield deploy(config, port=port, replicas=replicas, host="0.0.0.0")

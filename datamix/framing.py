@@ -1,24 +1,25 @@
 """Arrow IPC framing: features, scales and metadata to and from one complete stream.
 
-Devices of one model send the same message again and again, but for the values of a few metadata
-strings and the tensors themselves. So both ways remember the layouts they have met:
+Devices of one model send the same message again and again, but for a few values of the metadata,
+such as the request's id, and the tensors themselves. So both ways remember what they have met:
 
-- to write one, pyarrow writes schema and batch header once, and later messages are joined around
-  their own strings and data;
-- to read one, pyarrow and the checks here go through it once; a later message of the same length
-  that equals it in every byte of its headers, but for the strings, has passed the same checks.
+- to write one, pyarrow writes schema and batch header once (:func:`template`), and later messages
+  are joined around their own values and data;
+- to read one, pyarrow and the checks here go through it once (:class:`Reader`); a later message of
+  the same length that equals it in every byte of its headers, but for those values, has passed the
+  same checks, and its other metadata means the same.
 
-That leaves a dozen comparisons per message, and none of pyarrow's calls that let go of the GIL,
-which a busy engine thread takes at once and gives back late.
+That leaves a few slices and one look-up per message, and none of pyarrow's calls that let go of the
+GIL, which a busy engine thread takes at once and gives back late.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, cast, get_args
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -41,51 +42,11 @@ _PADDING = 8  # Arrow aligns each buffer of a message's body to 8 bytes
 _MAX_DIMENSIONS = 8  # of a row; numpy has a limit too, and raises no WireError
 _ARROW = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}
 
-# How much of what clients send is remembered, at most 512 headers of 4 kB.
-_MAX_KEYS, _MAX_PER_KEY, _MAX_HEADERS = 128, 4, 4096
+# How much of what clients send is remembered: so many headers of at most 4 kB.
+_MAX_LAYOUTS, _MAX_HEADERS = 512, 4096
 
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where things are in a message whose headers were checked in full.
-
-    Attributes:
-        fixed: ``(start, stop, bytes)`` of everything that must be equal: both headers but for the
-            metadata's values, and the end of the stream.
-        values: ``(key, start, stop)`` of the metadata's values.
-        dtype: value type of the features.
-        shape: (rows, *shape) of the features.
-        features_at: where the features start.
-        scale_at: where the scales start; None without.
-    """
-
-    fixed: tuple[tuple[int, int, bytes], ...]
-    values: tuple[tuple[str, int, int], ...]
-    dtype: Dtype
-    shape: tuple[int, ...]
-    features_at: int
-    scale_at: int | None
-
-    def fits(self, body: Buffer) -> bool:
-        """Whether ``body``, of the same length, has these headers."""
-        return all(body[start:stop] == piece for start, stop, piece in self.fixed)
-
-    def read(self, body: Buffer) -> tuple[Array, Array | None, dict[str, str]]:
-        """Features, scales and metadata of a message that fits; views of ``body``."""
-        count = math.prod(self.shape)
-        features = np.frombuffer(body, self.dtype, count, self.features_at).reshape(self.shape)
-        scale = None
-        if self.scale_at is not None:
-            scale = np.frombuffer(body, np.float32, self.shape[0], self.scale_at)
-        try:
-            metadata = {key: str(body[start:stop], "utf-8") for key, start, stop in self.values}
-        except UnicodeDecodeError as error:
-            raise WireError("metadata is not UTF-8") from error
-        return features, scale, metadata
-
-
-# By the length of the message and of its schema.
-_known: dict[tuple[int, bytes], list[Layout]] = {}
+Values = Mapping[str, str]
+T = TypeVar("T")
 
 
 @lru_cache(maxsize=256)
@@ -109,71 +70,227 @@ def _header(dtype: Dtype, shape: tuple[int, ...], rows: int) -> tuple[pa.Schema,
     return schema, message[: 8 + metadata_bytes], -(rows * size * zeros.type.byte_width) % _PADDING
 
 
-@lru_cache(maxsize=1024)
-def _pieces(
-    dtype: Dtype, shape: tuple[int, ...], keys: tuple[str, ...], lengths: tuple[int, ...]
-) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
-    """Headers of a message, cut at its metadata's values, and the order of the values in them.
+class Template(NamedTuple):
+    """A message but for its data and the values of some metadata.
 
-    Where the values stand depends on their lengths only, so pyarrow writes the schema once, over
-    values of zeros.
+    Attributes:
+        pieces: what stands before, between and after those values, up to the data.
+        order: indices of the values, in the order in which they stand in the message.
+    """
+
+    pieces: tuple[bytes, ...]
+    order: tuple[int, ...]
+
+    def fill(self, values: tuple[bytes, ...], features: Array, scale: Array | None) -> list[Any]:
+        """The message in parts, to be joined by whoever sends it.
+
+        ``values`` have the lengths, and ``features`` the type and shape, that the template was made
+        for; ``features`` is contiguous.
+        """
+        pieces = self.pieces
+        parts: list[Any] = [pieces[0]]
+        at = 1
+        for index in self.order:
+            parts += (values[index], pieces[at])
+            at += 1
+        if features.size:
+            parts.append(features.data)
+        if padding := -features.nbytes % _PADDING:
+            parts.append(bytes(padding))
+        if scale is not None and scale.size:
+            parts += (scale.data, bytes(-scale.nbytes % _PADDING))
+        parts.append(_END)
+        return parts
+
+
+@lru_cache(maxsize=1024)
+def template(
+    dtype: Dtype, shape: tuple[int, ...], fields: tuple[tuple[str, str | int], ...]
+) -> Template:
+    """The template of all messages with this layout.
+
+    Where values stand depends on their lengths only, so pyarrow writes the schema once, over values
+    of zeros.
+
+    Args:
+        dtype: value type of the features.
+        shape: (rows, *shape) of the features.
+        fields: the metadata's keys, in the order in which they are written, each with its value or,
+            where that changes, the length of its value in bytes.
     """
     schema, header, _ = _header(dtype, shape[1:], shape[0])
-    zeros = {key: bytes(length) for key, length in zip(keys, lengths, strict=True)}
-    message = schema.with_metadata(zeros).serialize().to_pybytes()
+    metadata = {
+        key: bytes(value) if isinstance(value, int) else value.encode() for key, value in fields
+    }
+    message = schema.with_metadata(metadata).serialize().to_pybytes()
     found = {key.decode(): where for key, *where in flat.metadata_values(message[8:])}
-    order = sorted(range(len(keys)), key=lambda index: found[keys[index]][0])
-    cuts = [8 + at for index in order for at in found[keys[index]]]
+    places = [found[key] for key, value in fields if isinstance(value, int)]
+    order = sorted(range(len(places)), key=lambda index: places[index][0])
+    cuts = [8 + at for index in order for at in places[index]]
     starts, stops = [0, *cuts[1::2]], [*cuts[::2], len(message)]
     pieces = [message[start:stop] for start, stop in zip(starts, stops, strict=True)]
     pieces[-1] += header
-    return tuple(pieces), tuple(order)
+    return Template(tuple(pieces), tuple(order))
 
 
-def frame(features: Array, scale: Array | None, metadata: Mapping[str, str]) -> bytes:
+def frame(features: Array, scale: Array | None, metadata: Values) -> bytes:
     """One complete message. ``features`` is contiguous and in a wire value type."""
-    dtype = DTYPE_OF[features.dtype.char]
-    shape = features.shape
-    values = [value.encode() for value in metadata.values()]
-    pieces, order = _pieces(dtype, shape, tuple(metadata), tuple(map(len, values)))
-    parts: list[Any] = [pieces[0]]
-    for index, piece in zip(order, pieces[1:], strict=True):
-        parts += (values[index], piece)
-    parts += (features.data if features.size else b"", bytes(-features.nbytes % _PADDING))
-    if scale is not None:
-        parts += (scale.data if scale.size else b"", bytes(-scale.nbytes % _PADDING))
-    parts.append(_END)
-    return b"".join(parts)
+    layout = template(DTYPE_OF[features.dtype.char], features.shape, tuple(metadata.items()))
+    return b"".join(layout.fill((), features, scale))
 
 
-def unframe(
-    body: Buffer, *, max_bytes: int, max_rows: int
-) -> tuple[Array, Array | None, dict[str, str]]:
-    """Features, scales and metadata of one message; views of ``body`` where not compressed.
+class Frame(NamedTuple, Generic[T]):
+    """A message that passed all checks.
 
-    Raises:
-        WireError: not one complete message with the columns of the protocol.
-        TooLarge: more than ``max_bytes``, as received or inflated, or more than ``max_rows``.
+    Attributes:
+        features: (rows, *shape); a view of the message where it was not compressed.
+        scale: (rows,) float32 with int8 features, else None; a view, too.
+        parsed: what the reader made of the metadata that seldom changes.
+        variables: the metadata that does.
     """
-    if len(body) > max_bytes:
-        raise TooLarge(f"message has {len(body)} bytes, expected at most {max_bytes}")
-    key = len(body), bytes(body[4:8])
-    for layout in _known.get(key, ()):
-        if layout.fits(body):
-            if layout.shape[0] > max_rows:
-                raise _too_many(layout.shape[0], max_rows)
-            return layout.read(body)
-    return _parse(body, key, max_bytes=max_bytes, max_rows=max_rows)
+
+    features: Array
+    scale: Array | None
+    parsed: T
+    variables: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout(Generic[T]):
+    """What headers say that were checked in full: where the values are, and what else they mean."""
+
+    dtype: Dtype
+    shape: tuple[int, ...]
+    size: int
+    features_at: int
+    scale_at: int | None
+    parsed: T
+
+
+@dataclass(frozen=True, slots=True)
+class _Cuts(Generic[T]):
+    """Where the variables stand in messages of one length, and the layouts met between them."""
+
+    variables: tuple[tuple[str, int, int], ...]
+    fixed: tuple[tuple[int, int], ...]
+    layouts: dict[bytes, _Layout[T]] = field(default_factory=dict)
+
+
+class Reader(Generic[T]):
+    """Reads messages of one kind, and remembers the headers it has met."""
+
+    def __init__(self, variables: frozenset[str], parse: Callable[[Values], T]) -> None:
+        """Read metadata as two parts: ``variables``, and all else, which ``parse`` makes sense of.
+
+        ``parse`` raises WireError where it cannot; its result is shared by many messages.
+        """
+        self._variables = variables
+        self._parse = parse
+        # By the length of the message and of its schema.
+        self._known: dict[tuple[int, bytes], list[_Cuts[T]]] = {}
+        self._layouts = 0
+
+    def forget(self) -> None:
+        """Start again with an empty memory."""
+        self._known.clear()
+        self._layouts = 0
+
+    def read(self, body: Buffer, *, max_bytes: int, max_rows: int) -> Frame[T]:
+        """Check and open one message.
+
+        Raises:
+            WireError: not one complete message with the columns of the protocol.
+            TooLarge: more than ``max_bytes``, as received or inflated, or more than ``max_rows``.
+        """
+        if len(body) > max_bytes:
+            raise TooLarge(f"message has {len(body)} bytes, expected at most {max_bytes}")
+        key = len(body), bytes(body[4:8])
+        for cuts in self._known.get(key, ()):
+            layout = cuts.layouts.get(b"".join([body[a:b] for a, b in cuts.fixed]))
+            if layout is not None:
+                return self._read(body, cuts, layout, max_rows)
+        return self._check(body, key, max_bytes=max_bytes, max_rows=max_rows)
+
+    def _read(self, body: Buffer, cuts: _Cuts[T], layout: _Layout[T], max_rows: int) -> Frame[T]:
+        """A message whose headers are known."""
+        shape = layout.shape
+        if shape[0] > max_rows:
+            raise _too_many(shape[0], max_rows)
+        features = np.frombuffer(body, layout.dtype, layout.size, layout.features_at).reshape(shape)
+        scale = None
+        if layout.scale_at is not None:
+            scale = np.frombuffer(body, np.float32, shape[0], layout.scale_at)
+        try:
+            variables = {key: str(body[a:b], "utf-8") for key, a, b in cuts.variables}
+        except UnicodeDecodeError as error:
+            raise WireError("metadata is not UTF-8") from error
+        return Frame(features, scale, layout.parsed, variables)
+
+    def _check(
+        self, body: Buffer, key: tuple[int, bytes], *, max_bytes: int, max_rows: int
+    ) -> Frame[T]:
+        """A message that is checked from end to end, and remembered if it is an ordinary one."""
+        found = _parse(body, max_bytes=max_bytes, max_rows=max_rows)
+        metadata = found.metadata
+        parsed = self._parse({k: v for k, v in metadata.items() if k not in self._variables})
+        if found.header is not None:
+            layout = _Layout(
+                DTYPE_OF[found.features.dtype.char],
+                found.features.shape,
+                found.features.size,
+                found.features_at,
+                found.scale_at,
+                parsed,
+            )
+            self._remember(key, body, found, layout)
+        variables = {k: v for k, v in metadata.items() if k in self._variables}
+        return Frame(found.features, found.scale, parsed, variables)
+
+    def _remember(
+        self, key: tuple[int, bytes], body: Buffer, found: _Parsed, layout: _Layout[T]
+    ) -> None:
+        if found.body_at > _MAX_HEADERS or body[:4] != _START:
+            return
+        strings = _strings_at(found.header or b"", body, found.metadata)
+        if strings is None:
+            return
+        variables = tuple(string for string in strings if string[0] in self._variables)
+        edges = [0, *(at for _, *places in variables for at in places), found.body_at]
+        fixed = list(zip(edges[::2], edges[1::2], strict=True))
+        fixed.append((len(body) - len(_END), len(body)))
+        if self._layouts >= _MAX_LAYOUTS:
+            self.forget()
+        cuts: _Cuts[T] = _Cuts(variables, tuple(fixed))
+        same = [c for c in self._known.get(key, ()) if c.fixed == cuts.fixed]
+        if same:
+            cuts = same[0]
+        else:
+            self._known.setdefault(key, []).append(cuts)
+        cuts.layouts[b"".join([body[a:b] for a, b in cuts.fixed])] = layout
+        self._layouts += 1
 
 
 def _too_many(rows: int, max_rows: int) -> TooLarge:
     return TooLarge(f"message has {rows} rows, expected at most {max_rows}")
 
 
-def _parse(
-    body: Buffer, key: tuple[int, bytes], *, max_bytes: int, max_rows: int
-) -> tuple[Array, Array | None, dict[str, str]]:
-    """Check a message from end to end, and remember its layout."""
+class _Parsed(NamedTuple):
+    """A message as pyarrow and the checks found it; the places are those of what is not compressed.
+
+    ``header`` is None where the message is compressed, so that there is nothing to point at.
+    """
+
+    features: Array
+    scale: Array | None
+    metadata: dict[str, str]
+    header: bytes | None
+    body_at: int
+    features_at: int
+    scale_at: int | None
+
+
+def _parse(body: Buffer, *, max_bytes: int, max_rows: int) -> _Parsed:
+    """Check a message from end to end."""
     reader = pa.BufferReader(body)
     try:
         first = pa.ipc.read_message(reader)
@@ -211,44 +328,30 @@ def _parse(
     features = _values(buffers[2], dtype, layout.rows * size).reshape(layout.rows, *shape)
     scale = _values(buffers[4], "float32", layout.rows) if len(names) == 2 else None
     metadata = _strings(schema.metadata)
-    if layout.codec is None:
-        body_at = reader.tell() - second.body.size
-        at = [body_at + offset for offset, _ in layout.buffers]
-        scale_at = at[4] if scale is not None else None
-        _remember(key, body, header, (dtype, features.shape, body_at, at[2], scale_at), metadata)
-    return features, scale, metadata
+    if layout.codec is not None:
+        return _Parsed(features, scale, metadata, None, 0, 0, None)
+    body_at = reader.tell() - second.body.size
+    at = [body_at + offset for offset, _ in layout.buffers]
+    scale_at = None if scale is None else at[4]
+    return _Parsed(features, scale, metadata, header, body_at, at[2], scale_at)
 
 
-def _remember(
-    key: tuple[int, bytes],
-    body: Buffer,
-    header: bytes,
-    found: tuple[Dtype, tuple[int, ...], int, int, int | None],
-    metadata: Mapping[str, str],
-) -> None:
-    """Remember the layout of a message that passed all checks, if it is an ordinary one."""
-    dtype, shape, body_at, features_at, scale_at = found
-    if body_at > _MAX_HEADERS or body[:4] != _START:
-        return
+def _strings_at(header: bytes, body: Buffer, metadata: Values) -> list[tuple[str, int, int]] | None:
+    """Key, start and stop of each value of the metadata, in their order; None if that is doubtful.
+
+    What is walked here must be what pyarrow read, and no value may lie over another: bytes of one
+    that may change would then be compared by nobody.
+    """
     try:
         values = sorted(flat.metadata_values(header), key=lambda value: value[1:])
-        strings = tuple((key.decode(), 8 + start, 8 + stop) for key, start, stop in values)
+        strings = [(key.decode(), 8 + start, 8 + stop) for key, start, stop in values]
         read = {key: str(body[start:stop], "utf-8") for key, start, stop in strings}
     except ValueError:  # more entries than ours, or not UTF-8
-        return
-    cuts = [at for _, start, stop in strings for at in (start, stop)]
-    # What is walked here must be what pyarrow read, and no value may lie over another or over
-    # something that is not a value: then it would be compared by nobody.
-    if read != metadata or len(read) != len(strings) or cuts != sorted(cuts):
-        return
-    starts, stops = [0, *cuts[1::2]], [*cuts[::2], body_at]
-    fixed = [(a, b, bytes(body[a:b])) for a, b in zip(starts, stops, strict=True)]
-    fixed.append((len(body) - len(_END), len(body), _END))
-    if len(_known) >= _MAX_KEYS and key not in _known:
-        _known.clear()
-    layouts = _known.setdefault(key, [])
-    layouts.insert(0, Layout(tuple(fixed), strings, dtype, shape, features_at, scale_at))
-    del layouts[_MAX_PER_KEY:]
+        return None
+    edges = [at for _, start, stop in strings for at in (start, stop)]
+    if read != metadata or len(read) != len(strings) or edges != sorted(edges):
+        return None
+    return strings
 
 
 def _tensor_type(tensor: pa.DataType) -> tuple[Dtype, tuple[int, ...]]:

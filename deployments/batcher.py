@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections import Counter
@@ -42,6 +43,7 @@ class Statistics:
         rows: rows computed.
         close_reasons: batches by why they closed.
         queue_s: summed wait of all requests that were computed, in seconds.
+        copied_bytes: bytes of rows that the engine copied on their way to where they are computed.
     """
 
     busy_s: float = 0.0
@@ -49,6 +51,7 @@ class Statistics:
     rows: int = 0
     close_reasons: Counter[str] = field(default_factory=Counter)
     queue_s: float = 0.0
+    copied_bytes: int = 0
 
 
 class Running(NamedTuple):
@@ -75,6 +78,7 @@ class Batcher:
         *,
         max_batch_rows: int,
         max_queue_rows: int,
+        max_queue_bytes: int = sys.maxsize,
         target_batch_s: float | None = None,
         max_age_s: float = 2.0,
         on_batch: Callable[[Timing], None] = lambda timing: None,
@@ -87,6 +91,7 @@ class Batcher:
             loop: the event loop on which every ``Job.done`` is called.
             max_batch_rows: rows per batch at most; a single request may not be larger.
             max_queue_rows: rows waiting at most; beyond it requests are shed.
+            max_queue_bytes: bytes that these may hold, at most.
             target_batch_s: how long a batch should take at most, in seconds; it then gets fewer
                 rows, but never less than one request. None: no such limit.
             max_age_s: what has waited so long goes before all that arrives from then on, in
@@ -99,7 +104,10 @@ class Batcher:
         self._engine = engine
         self._loop = loop
         self._queue = Queue(
-            max_batch_rows=max_batch_rows, max_queue_rows=max_queue_rows, max_age_s=max_age_s
+            max_batch_rows=max_batch_rows,
+            max_queue_rows=max_queue_rows,
+            max_queue_bytes=max_queue_bytes,
+            max_age_s=max_age_s,
         )
         self._target_batch_s = target_batch_s
         self._costs = [CostModel() for _ in engine.blocks]
@@ -147,9 +155,7 @@ class Batcher:
                 self._check_deadline(job, job.deadline)
             if not self._queue.offer(job) and not (self._sweep() and self._queue.offer(job)):
                 raise Overloaded(
-                    f"the queue holds {self._queue.rows} rows of at most "
-                    f"{self._queue.max_queue_rows}, try again later",
-                    retry_after_s=self._wait_s(),
+                    f"{self._queue.refusal(job)}, try again later", retry_after_s=self._wait_s()
                 )
             # Not at once: requests that the same poll of the sockets brought share the first
             # batch, and the two threads do not fight for the GIL over each of them.
@@ -303,7 +309,9 @@ class Batcher:
         start = self._clock()
         self._running = Running(start, block, cost.predict(rows))
         try:
-            outputs = self._engine.run(block, [job.rows for job in batch])
+            pending = self._engine.start(block, [job.rows for job in batch])
+            self.statistics.copied_bytes += pending.copied_bytes
+            outputs = pending.wait()
             if len(outputs) != len(batch):
                 raise ValueError(f"{len(outputs)} outputs for {len(batch)} requests")
         except Exception as error:

@@ -14,8 +14,11 @@ class Config(BaseModel):
     """Settings of the backbone's application; unknown keys are refused.
 
     Attributes:
-        bundle: folder or URI of the bundle; only manifest and backbone weights are read.
-        engine: ``torch``, ``null``, or ``emulated:a_s,b_s`` which sleeps a + b * rows seconds.
+        bundle: folder or URI of the bundle, or several of them; only manifest and backbone weights
+            are read. The first bundle of a model is its current version, until `datamix models`
+            says otherwise.
+        engine: ``torch``, ``null``, or ``emulated:a_s,b_s`` which sleeps a + b * rows seconds per
+            batch, or ``emulated:PATH.json`` which sleeps as long as the profile says.
         echo_shape: row shape that a null or emulated engine echoes where there is no bundle.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: what the engine computes in.
@@ -23,6 +26,7 @@ class Config(BaseModel):
         threads: CPU threads of one forward; None leaves torch's own choice.
         max_batch_rows: rows in a batch at most.
         max_queue_rows: rows waiting at most; beyond it requests are shed with 429.
+        max_queue_bytes: bytes of the rows waiting at most; beyond it, too, requests are shed.
         target_batch_s: seconds a batch should take at most: once the batcher has learned what rows
             cost, batches get no more than that allows, but always one request. Leave room for many
             rows, or much of the time goes into the fixed cost of each batch. None: no target.
@@ -36,6 +40,9 @@ class Config(BaseModel):
         max_stream_buffer_bytes: answers that may wait in this process for one peer to read them;
             beyond it is cut off at once. A peer that reads slowly is not read from, so that without
             this bound they were at most ``max_stream_requests`` answers.
+        rotate_streams_within_s: when a replica has started, all of them let go of their streams
+            within so many seconds, sooner where HAProxy would cut them sooner, and devices connect
+            anew where there are fewest; None: never.
         tokens_file: file of the bearer tokens that are let in (docs/security.md), at the same place
             on every node; None lets everybody in.
         health_timeout_s: how long the engine may take to answer a health probe.
@@ -43,7 +50,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bundle: str | None = None
+    bundle: str | tuple[str, ...] | None = None
     engine: str = "torch"
     echo_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     device: str = "cpu"
@@ -52,6 +59,7 @@ class Config(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     max_batch_rows: int = Field(default=256, ge=1)
     max_queue_rows: int = Field(default=8192, ge=1)
+    max_queue_bytes: int = Field(default=512 << 20, ge=1)
     target_batch_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_request_bytes: int = Field(default=8 << 20, ge=1024, le=16 << 20)
     max_request_rows: int = Field(default=128, ge=1)
@@ -59,17 +67,25 @@ class Config(BaseModel):
     stream_idle_timeout_s: float | None = Field(default=600.0, gt=0, allow_inf_nan=False)
     slow_reader_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     max_stream_buffer_bytes: int = Field(default=64 << 20, ge=1 << 16)
+    rotate_streams_within_s: float | None = Field(default=60.0, gt=0, allow_inf_nan=False)
     tokens_file: str | None = Field(default=None, min_length=1)
     health_timeout_s: float = Field(default=8.0, gt=0, allow_inf_nan=False)
+
+    @property
+    def bundles(self) -> tuple[str, ...]:
+        """The bundles as a tuple, empty where there is none."""
+        if isinstance(self.bundle, str):
+            return (self.bundle,)
+        return self.bundle or ()
 
     @model_validator(mode="after")
     def _agree(self) -> Config:
         try:
-            kind = parse_engine(self.engine)[0]
+            kind = parse_engine(self.engine).kind
             check_device(self.device)
         except ConfigError as error:
             raise ValueError(str(error)) from error
-        if self.bundle is None and (kind == "torch" or self.echo_shape is None):
+        if not self.bundles and (kind == "torch" or self.echo_shape is None):
             raise ValueError(
                 "no bundle is given; only a null or emulated engine with echo_shape can do without"
             )
@@ -82,5 +98,12 @@ class Config(BaseModel):
             raise ValueError(
                 f"max_request_rows is {self.max_request_rows}, expected at most max_queue_rows "
                 f"({self.max_queue_rows}), or the largest requests would be shed for ever"
+            )
+        # Twice: a number of one digit and its comma become four bytes.
+        if 2 * self.max_request_bytes > self.max_queue_bytes:
+            raise ValueError(
+                f"max_queue_bytes is {self.max_queue_bytes}, expected at least twice "
+                f"max_request_bytes ({self.max_request_bytes}), or the largest requests would be "
+                "shed for ever"
             )
         return self

@@ -1,29 +1,35 @@
-"""Engines run a block of the backbone on a batch: on CPU, on CUDA, or pretending for load tests.
+"""What the batcher needs of an engine, and the engine that computes nothing.
 
-The batcher calls :meth:`Engine.run` from one thread, one batch at a time. An engine owns its batch
-buffer, so rows are copied once: from the message's bytes into the buffer, converted on the way.
+An engine runs a block of the backbone on a batch. :meth:`Engine.start` stages the rows and
+launches; :meth:`Pending.wait` gives the outputs. Where an engine can copy one batch while it
+computes another its ``depth`` is 2, and the batcher starts the second before the first is done.
+
+A request gets the same result in any batch, up to the order of summation: within ``TOLERANCE`` of
+what it would get alone, relative to ``max(1, |value|)``.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import time
-import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from datamix.errors import ConfigError
 from datamix.wire import dequantise
 
-if TYPE_CHECKING:
-    import torch
-
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3}
+"""Largest difference between batched and alone by the engine's dtype, relative to max(1, |value|).
+
+Batches of another size sum in another order. De-mixing multiplies this by the condition of the
+coefficients, which is 1 for ours.
+"""
 
 
 class Rows(NamedTuple):
@@ -45,138 +51,103 @@ class Block(NamedTuple):
     output_shape: Shape
 
 
-class Engine(Protocol):
-    """What the batcher needs of an engine."""
+class Pending(Protocol):
+    """One batch on its way through an engine."""
 
     @property
-    def name(self) -> str:
-        """Short name for metadata and metrics, such as ``torch:cpu:float32``."""
+    def copied_bytes(self) -> int:
+        """Bytes of rows that were copied for it on their way to where they are computed."""
         ...
 
     @property
-    def blocks(self) -> Sequence[Block]:
-        """Shapes of every block it can run."""
+    def copy_s(self) -> float:
+        """How long its rows travelled to the device after ``start`` had returned, in seconds.
+
+        What another batch's computation can hide; known once it has been waited for.
+        """
         ...
 
-    def run(self, block: int, requests: Sequence[Rows]) -> Sequence[Array]:
-        """Run one block on the rows of all requests, as one batch.
+    def done(self) -> bool:
+        """Whether :meth:`wait` would return at once; never blocks."""
+        ...
 
-        Blocks the calling thread; releases the GIL while it computes.
+    def wait(self) -> Sequence[Array]:
+        """Block until it is computed; called once. Releases the GIL meanwhile.
 
         Returns:
-            One output per request, in order: (rows, *output_shape), float16 where the request came
-            as float16, else float32.
+            One output per request, in order: (rows, *output_shape), float16 where every request of
+            the batch came as float16, else float32. They stay valid whatever is started next.
         """
         ...
 
 
-class EchoEngine:
-    """No network at all: each row comes back as it went in, after ``a_s + b_s * rows`` seconds.
+class Engine(ABC):
+    """Runs blocks on batches. One thread at a time calls it.
 
-    With both at 0 this is the null engine, which shows what everything around an engine costs.
-    Above that it is the emulated engine: it sleeps, so that many of them fit on a laptop.
+    Attributes:
+        name: short name for metadata and metrics, such as ``torch:cpu:float32``.
+        blocks: shapes of every block it can run.
+        depth: batches that may be under way at once; they finish in the order of their start.
     """
 
-    def __init__(self, shapes: Sequence[Shape], a_s: float = 0.0, b_s: float = 0.0) -> None:
-        """Echo blocks of the given row shapes; ``a_s`` per batch and ``b_s`` per row, in seconds.
+    name: str
+    blocks: Sequence[Block]
+    depth: int = 1
 
-        Raises:
-            ConfigError: a duration is negative or not finite.
+    @abstractmethod
+    def start(self, block: int, requests: Sequence[Rows]) -> Pending:
+        """Run one block on the rows of all requests, as one batch.
+
+        The rows are read before it returns. An engine of depth 1 may compute here, too; others do
+        not wait for the device.
         """
-        if not (math.isfinite(a_s) and math.isfinite(b_s) and a_s >= 0 and b_s >= 0):
-            raise ConfigError(f"emulated engine has a_s={a_s}, b_s={b_s}, expected seconds >= 0")
-        self.a_s, self.b_s = a_s, b_s
-        self.name = f"emulated:{a_s:g},{b_s:g}" if a_s or b_s else "null"
+
+    def run(self, block: int, requests: Sequence[Rows]) -> Sequence[Array]:
+        """Start one batch and wait for it."""
+        return self.start(block, requests).wait()
+
+
+class Settled:
+    """A batch that was computed when it was started."""
+
+    __slots__ = ("copied_bytes", "outputs")
+    copy_s = 0.0
+
+    def __init__(self, outputs: Sequence[Array], copied_bytes: int = 0) -> None:
+        """Hold one output per request."""
+        self.outputs = outputs
+        self.copied_bytes = copied_bytes
+
+    def done(self) -> bool:
+        """It is."""
+        return True
+
+    def wait(self) -> Sequence[Array]:
+        """Give the outputs."""
+        return self.outputs
+
+
+class EchoEngine(Engine):
+    """The null engine: each row comes back as it went in, at once.
+
+    It shows what everything around an engine costs.
+    """
+
+    def __init__(self, shapes: Sequence[Shape]) -> None:
+        """Echo blocks of the given row shapes."""
+        self.name = "null"
         self.blocks = [Block(shape, shape) for shape in shapes]
 
-    def run(self, block: int, requests: Sequence[Rows]) -> Sequence[Array]:
-        """Return the rows, late by the cost model."""
-        if duration := self.a_s + self.b_s * sum(len(request.features) for request in requests):
-            time.sleep(duration)
-        return [dequantise(*rows) if rows.scale is not None else rows.features for rows in requests]
-
-
-class TorchEngine:
-    """The backbone on torch: CPU or CUDA, float32 or bfloat16, rows converted once."""
-
-    def __init__(
-        self,
-        backbone: torch.nn.ModuleList,
-        blocks: Sequence[Block],
-        *,
-        max_batch_rows: int,
-        device: str = "cpu",
-        dtype: str = "float32",
-        channels_last: bool = False,
-        threads: int | None = None,
-    ) -> None:
-        """Move the backbone to ``device`` and make room for batches of ``max_batch_rows``.
-
-        Raises:
-            ConfigError: the device is not there, or ``dtype`` is neither float32 nor bfloat16.
-        """
-        import torch
-
-        if dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"engine dtype is {dtype!r}, expected float32 or bfloat16")
-        check_device(device)
-        index = int(device.partition(":")[2] or 0)
-        if device != "cpu" and index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"engine device is {device!r}, but torch finds {torch.cuda.device_count()} CUDA "
-                "devices here"
-            )
-        if threads is not None:
-            torch.set_num_threads(threads)
-        # Rows are read-only views of a message, which torch warns of once; nothing writes to them.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        self.name = f"torch:{device}:{dtype}"
-        self.blocks = list(blocks)
-        self._torch = torch
-        self._device = torch.device(device)
-        self._dtype = getattr(torch, dtype)
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
-        self._modules = backbone.to(self._device, self._dtype).eval()
-        if channels_last:
-            self._modules = self._modules.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # One buffer for all blocks: batches run one at a time. Page-locked memory lets the copy to
-        # a GPU go on beside the host.
-        size = max_batch_rows * max(math.prod(block.input_shape) for block in blocks)
-        self._buffer = torch.empty(
-            size, dtype=torch.float32, pin_memory=self._device.type == "cuda"
-        )
-
-    def run(self, block: int, requests: Sequence[Rows]) -> Sequence[Array]:
-        """One forward over the rows of all requests."""
-        torch = self._torch
-        counts = [len(request.features) for request in requests]
-        shape = (sum(counts), *self.blocks[block].input_shape)
-        batch = self._buffer[: math.prod(shape)].view(shape)
-        with torch.inference_mode():
-            parts = torch.split(batch, counts)
-            for part, rows in zip(parts, requests, strict=True):
-                self._fill(part, rows)
-            batch = batch.to(self._device, non_blocking=True).to(self._dtype)
-            if self._format is torch.channels_last:
-                batch = batch.contiguous(memory_format=self._format)
-            output = self._modules[block](batch)
-            # float16 is what most requests want back; torch converts 20 times faster than numpy,
-            # and from a GPU half as many bytes come home. Values too large for it become Inf,
-            # which the encoder refuses.
-            half = all(rows.features.dtype == np.float16 for rows in requests)
-            output = output.to("cpu", torch.float16 if half else torch.float32).contiguous()
-            if output.untyped_storage().data_ptr() == self._buffer.untyped_storage().data_ptr():
-                # A block that hands its input on: the next batch would overwrite it while this
-                # one's responses are still being written.
-                output = output.clone()
-        return [part.numpy() for part in torch.split(output, counts)]
-
-    def _fill(self, part: torch.Tensor, rows: Rows) -> None:
-        """Copy one request's rows into the batch, as float32."""
-        part.copy_(self._torch.from_numpy(rows.features))
-        if rows.scale is not None:
-            scale = self._torch.from_numpy(rows.scale.copy())
-            part.mul_(scale.view(-1, *[1] * (part.ndim - 1)))
+    def start(self, block: int, requests: Sequence[Rows]) -> Pending:
+        """Hand float rows on as they are; only int8 is made anew."""
+        copied = 0
+        outputs = []
+        for features, scale in requests:
+            if scale is not None:
+                features = dequantise(features, scale)
+                copied += features.nbytes
+            outputs.append(features)
+        return Settled(outputs, copied)
 
 
 def check_device(device: str) -> None:
@@ -189,20 +160,41 @@ def check_device(device: str) -> None:
         raise ConfigError(f"engine device is {device!r}, expected cpu, cuda or cuda:N")
 
 
-def parse_engine(text: str) -> tuple[str, float, float]:
-    """Read ``torch``, ``null`` or ``emulated:a_s,b_s`` as (kind, a_s, b_s).
+class EngineText(NamedTuple):
+    """What the setting ``engine`` says.
+
+    Attributes:
+        kind: ``torch``, ``null`` or ``emulated``.
+        a_s: seconds per batch of an emulated engine without a profile.
+        b_s: seconds per row of it.
+        profile: path of the profile of an emulated engine that has one.
+    """
+
+    kind: str
+    a_s: float = 0.0
+    b_s: float = 0.0
+    profile: str | None = None
+
+
+def parse_engine(text: str) -> EngineText:
+    """Read ``torch``, ``null``, ``emulated:a_s,b_s`` or ``emulated:PATH.json``.
 
     Raises:
         ConfigError: anything else.
     """
-    kind, _, numbers = text.partition(":")
+    kind, _, rest = text.partition(":")
     try:
         if kind == "emulated":
-            a_s, b_s = (float(number) for number in numbers.split(","))
+            if rest.endswith(".json"):
+                return EngineText(kind, profile=rest)
+            a_s, b_s = (float(number) for number in rest.split(","))
             if 0 <= a_s < math.inf and 0 <= b_s < math.inf:
-                return kind, a_s, b_s
+                return EngineText(kind, a_s, b_s)
         if text in ("torch", "null"):
-            return kind, 0.0, 0.0
+            return EngineText(kind)
     except ValueError:
         pass
-    raise ConfigError(f"engine is {text!r}, expected torch, null or emulated:a_s,b_s in seconds")
+    raise ConfigError(
+        f"engine is {text!r}, expected torch, null, emulated:a_s,b_s in seconds or "
+        "emulated:PATH.json"
+    )

@@ -34,6 +34,7 @@ from datamix.errors import (
 )
 from deployments import oip
 from deployments.engine import Rows
+from deployments.model import ServedModel
 from deployments.streams import Stream
 from deployments.waiting import Computed, Job
 from deployments.websocket import EXTENSION, Messages
@@ -45,9 +46,6 @@ Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-
-# Called once per request, on the event loop: its id, and the encoded response or the error.
-Reply = Callable[[str, bytes | DataMixError], None]
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +66,78 @@ class Route(NamedTuple):
     action: str
 
 
+class Answer(NamedTuple):
+    """The body of a good HTTP answer, its content type and further headers."""
+
+    body: bytes
+    media: str
+    extra: tuple[tuple[bytes, bytes], ...] = ()
+
+
+class Exchange:
+    """The requests of one stream, from message to batcher and back."""
+
+    def __init__(self, protocol: Protocol, route: Route, stream: Stream) -> None:
+        """Take the messages of ``stream``, which came in at ``route``."""
+        self._protocol = protocol
+        self._route = route
+        self._stream = stream
+        stream.messages.on_message = self.receive
+
+    def receive(self, body: bytes | None) -> None:
+        """Take one message."""
+        self._stream.enter()
+        protocol = self._protocol
+        model: ServedModel | None = None
+        try:
+            if body is None:
+                raise WireError("a text frame came on the stream, expected binary messages")
+            request = protocol.decode(body)
+            model = protocol.find(self._route, request)
+            waiting = StreamRequest(self, model, request)
+            job = waiting.job = protocol.admit(model, request, waiting.done)
+            self._stream.watch(job)
+        except Exception as error:
+            self._refuse(model, wire.peek_request_id(body or b""), _presentable(error))
+
+    def done(self, waiting: StreamRequest, outcome: Computed | DataMixError) -> None:
+        """Answer one request."""
+        self._stream.forget(waiting.job)
+        del waiting.job  # they hold each other: memory is freed at once where nothing goes round
+        model, request = waiting.model, waiting.request
+        parts = _encode(model, request, outcome)
+        if isinstance(parts, DataMixError):
+            self._refuse(model, request.request_id, parts)
+        else:
+            model.outcomes["ok"] += 1
+            self._protocol.traffic.sent_bytes += self._stream.answer(parts)
+
+    def _refuse(self, model: ServedModel | None, request_id: str, error: DataMixError) -> None:
+        self._protocol.count(model, error)
+        message = wire.encode_error(
+            request_id, error.status, str(error), retry_after_s=error.retry_after_s
+        )
+        self._protocol.traffic.sent_bytes += self._stream.answer([message])
+
+
+class StreamRequest:
+    """One request of a stream that waits for its batch."""
+
+    __slots__ = ("exchange", "job", "model", "request")
+
+    job: Job
+
+    def __init__(self, exchange: Exchange, model: ServedModel, request: wire.Request) -> None:
+        """Remember whom to answer."""
+        self.exchange = exchange
+        self.model = model
+        self.request = request
+
+    def done(self, outcome: Computed | DataMixError) -> None:
+        """Take what became of it; the batcher calls this on the event loop."""
+        self.exchange.done(self, outcome)
+
+
 class Protocol:
     """The ASGI application of one replica."""
 
@@ -75,6 +145,7 @@ class Protocol:
         """Serve ``backbone``."""
         self._backbone = backbone
         self._limits = backbone.config
+        self.traffic = backbone.traffic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Dispatch one connection or request."""
@@ -111,7 +182,7 @@ class Protocol:
                 route = self._route(path)
                 if route.action != "infer":
                     raise NotFound(f"nothing is to be posted at {path[:200]!r}")
-                await self._infer(scope, receive, send)
+                await self._infer(route, scope, receive, send)
             elif scope["method"] == "GET":
                 body = json.dumps(self._describe(path)).encode()
                 await _reply(send, 200, "application/json", body)
@@ -120,55 +191,61 @@ class Protocol:
         except Exception as fault:
             error = _presentable(fault)
             if scope["method"] == "POST" or isinstance(error, Unauthorized):
-                self._count(error)
+                self.count(None, error)
             await _reply_error(send, error)
 
-    async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _infer(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+        model = self._backbone.catalog.find(route.model, route.version)
+        try:
+            body, media, extra = await self._answer(route, scope, receive)
+        except Exception as fault:
+            error = _presentable(fault)
+            self.count(model, error)
+            await _reply_error(send, error)
+            return
+        self.count(model, body)
+        self.traffic.sent_bytes += len(body)
+        await _reply(send, 200, media, body, extra=extra)
+
+    async def _answer(self, route: Route, scope: Scope, receive: Receive) -> Answer:
+        """Read one request in whichever protocol it came, and compute its answer."""
         media = _header(scope, b"content-type")
         kind = media.partition(";")[0].strip().lower()
         if kind == wire.MEDIA_TYPE:
-            await self._infer_arrow(scope, receive, send)
-        elif kind in ("", *oip.MEDIA_TYPES) or _header(scope, oip.LENGTH_HEADER):
+            return await self._answer_arrow(route, await self._body(scope, receive))
+        if kind in ("", *oip.MEDIA_TYPES) or _header(scope, oip.LENGTH_HEADER):
             # NVIDIA's tritonclient names no content type.
-            await self._infer_oip(scope, receive, send)
-        else:
-            raise Unsupported(
-                f"content type is {media[:100]!r}, expected {wire.MEDIA_TYPE!r} or one of "
-                f"{', '.join(oip.MEDIA_TYPES)}"
-            )
+            return await self._answer_oip(route, scope, receive)
+        raise Unsupported(
+            f"content type is {media[:100]!r}, expected {wire.MEDIA_TYPE!r} or one of "
+            f"{', '.join(oip.MEDIA_TYPES)}"
+        )
 
-    async def _infer_arrow(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await self._body(scope, receive)
-        request = self._decode(body)
-        message = self._encode(request, await self._compute(request))
-        if isinstance(message, DataMixError):
-            raise message
-        self._count(message)
-        self._backbone.traffic.sent_bytes += len(message)
-        await _reply(send, 200, wire.MEDIA_TYPE, message)
+    async def _answer_arrow(self, route: Route, body: bytes) -> Answer:
+        request = self.decode(body)
+        model = self.find(route, request)
+        parts = _encode(model, request, await self._compute(model, request))
+        if isinstance(parts, DataMixError):
+            raise parts
+        return Answer(b"".join(parts), wire.MEDIA_TYPE)
 
-    async def _infer_oip(self, scope: Scope, receive: Receive, send: Send) -> None:
-        backbone = self._backbone
+    async def _answer_oip(self, route: Route, scope: Scope, receive: Receive) -> Answer:
         encoding = _header(scope, b"content-encoding")
         if encoding.lower() not in ("", "identity"):
             raise Unsupported(f"content encoding is {encoding[:100]!r}, expected none")
         body = await self._body(scope, receive)
-        backbone.traffic.received_bytes += len(body)
+        self.traffic.received_bytes += len(body)
         length = _header(scope, oip.LENGTH_HEADER)
         request = oip.decode_request(body, length, max_rows=self._limits.max_request_rows)
-        computed = await self._compute(request.wire)
-        answer = oip.encode_response(
-            request, computed, model=backbone.model, version=backbone.version
-        )
-        self._count(answer.body)
-        backbone.traffic.sent_bytes += len(answer.body)
+        model = self.find(route, request.wire)
+        computed = await self._compute(model, request.wire)
+        answer = oip.encode_response(request, computed, model=model.name, version=model.version)
         if answer.json_length is None:
-            await _reply(send, 200, "application/json", answer.body)
-        else:
-            extra = ((oip.LENGTH_HEADER, str(answer.json_length).encode()),)
-            await _reply(send, 200, "application/octet-stream", answer.body, extra=extra)
+            return Answer(answer.body, "application/json")
+        extra = ((oip.LENGTH_HEADER, str(answer.json_length).encode()),)
+        return Answer(answer.body, "application/octet-stream", extra)
 
-    async def _compute(self, request: wire.Request) -> Computed:
+    async def _compute(self, model: ServedModel, request: wire.Request) -> Computed:
         """Queue a request and wait for its batch; whoever stops waiting cancels it."""
         answer: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
 
@@ -180,7 +257,7 @@ class Protocol:
             else:
                 answer.set_result(outcome)
 
-        job = self._admit(request, done)
+        job = self.admit(model, request, done)
         try:
             return await answer
         finally:
@@ -188,7 +265,11 @@ class Protocol:
 
     async def _index(self, scope: Scope, receive: Receive, send: Send) -> None:
         backbone = self._backbone
-        models = [(backbone.model, backbone.version, backbone.ready)]
+        idle = "" if backbone.ready else "the replica is not ready"
+        models = [
+            (row["name"], row["version"], row["reason"] or idle)
+            for row in backbone.catalog.status()
+        ]
         index = oip.repository_index(models, await self._body(scope, receive))
         await _reply(send, 200, "application/json", json.dumps(index).encode())
 
@@ -224,16 +305,15 @@ class Protocol:
         if path == "/v2/stats":
             return backbone.stats()
         route = self._route(path)
+        model = backbone.catalog.find(route.model, route.version)
         if route.action == "":
-            return backbone.model_metadata()
+            return model.metadata(backbone.catalog.versions(model.name))
         if route.action == "ready":
             if not backbone.ready:
                 raise Unavailable(f"model {route.model!r} is not ready")
             return {"name": route.model, "ready": True}
         if route.action == "config":
-            return oip.model_config(
-                backbone.model, backbone.engine.blocks, self._limits.max_request_rows
-            )
+            return oip.model_config(model.name, model.engine.blocks, self._limits.max_request_rows)
         raise NotFound(f"nothing is to be read at {path[:200]!r}")
 
     # --- WebSocket ---
@@ -245,45 +325,24 @@ class Protocol:
             route = self._route(scope["path"])
             if route.action != "stream":
                 raise NotFound(f"no stream is at {scope['path'][:200]!r}")
+            self._backbone.catalog.find(route.model, route.version)
+            messages: Messages | None = scope["extensions"].get(EXTENSION)
+            if messages is None:
+                # Through Serve's own proxy, to which HAProxy turns while it knows no replica.
+                raise Unavailable("no replica takes streams at the moment, try again")
         except DataMixError as error:
             if isinstance(error, Unauthorized):
-                self._count(error)
+                self.count(None, error)
             await _reply_error(send, error, kind="websocket.http.response")
             return
-        messages: Messages = scope["extensions"][EXTENSION]
         streams = self._backbone.streams
         stream = streams.open(messages, token)
-        messages.on_message = lambda body: self._stream_request(body, route, stream)
+        Exchange(self, route, stream)
         try:
             await send({"type": "websocket.accept"})
             await receive()  # websocket.disconnect; messages come by the other way
         finally:
             streams.close(stream)
-
-    def _stream_request(self, body: bytes | None, route: Route, stream: Stream) -> None:
-        stream.enter()
-        job: Job | None = None
-
-        def reply(request_id: str, outcome: bytes | DataMixError) -> None:
-            nonlocal job
-            if job is not None:
-                stream.forget(job)
-                job = None  # breaks the circle through job.done, so that memory is freed at once
-            self._count(outcome)
-            if isinstance(outcome, DataMixError):
-                outcome = wire.encode_error(
-                    request_id, outcome.status, str(outcome), retry_after_s=outcome.retry_after_s
-                )
-            self._backbone.traffic.sent_bytes += len(outcome)
-            stream.answer(outcome)
-
-        try:
-            if body is None:
-                raise WireError("a text frame came on the stream, expected binary messages")
-            job = self._submit(body, route, reply)
-            stream.watch(job)
-        except Exception as error:
-            reply(wire.peek_request_id(body or b""), _presentable(error))
 
     # --- both ---
 
@@ -295,71 +354,78 @@ class Protocol:
         return tokens.check(next((v for k, v in scope["headers"] if k == b"authorization"), b""))
 
     def _route(self, path: str) -> Route:
-        """Read a path and check that this replica serves its model and version."""
+        """Read a path."""
         match = _ROUTE.fullmatch(path)
         if match is None:
             raise NotFound(f"nothing is at {path[:200]!r}")
-        route = Route(match["model"], match["version"], match["action"] or "")
-        self._backbone.check_model(route.model, route.version)
-        return route
+        return Route(match["model"], match["version"], match["action"] or "")
 
-    def _submit(self, body: bytes, route: Route, reply: Reply) -> Job:
-        """Decode, check and queue one request; ``reply`` gets its encoded response or the error."""
-        request = self._decode(body)
-        return self._admit(
-            request, lambda outcome: reply(request.request_id, self._encode(request, outcome))
-        )
+    def find(self, route: Route, request: wire.Request) -> ServedModel:
+        """The model version that the path and the message name together."""
+        if request.model is not None and request.model != route.model:
+            raise NotFound(f"model of the message is {request.model!r}, expected {route.model!r}")
+        version = request.model_version
+        if version is None:
+            version = route.version
+        elif route.version is not None and version != route.version:
+            raise NotFound(f"version of the message is {version!r}, expected {route.version!r}")
+        return self._backbone.catalog.find(route.model, version)
 
-    def _decode(self, body: bytes) -> wire.Request:
+    def decode(self, body: bytes) -> wire.Request:
         """Open one message."""
-        self._backbone.traffic.received_bytes += len(body)
+        self.traffic.received_bytes += len(body)
         return wire.decode_request(
             body, max_bytes=self._limits.max_request_bytes, max_rows=self._limits.max_request_rows
         )
 
-    def _admit(self, request: wire.Request, done: Callable[[Computed | DataMixError], None]) -> Job:
+    def admit(
+        self,
+        model: ServedModel,
+        request: wire.Request,
+        done: Callable[[Computed | DataMixError], None],
+    ) -> Job:
         """Check and queue one request, in whichever protocol it came."""
-        backbone = self._backbone
-        backbone.check_request(request)
+        model.check(request)
         deadline_s = request.deadline_s
         job = Job(
             block=request.block,
             rows=Rows(request.features, request.scale),
             done=done,
-            deadline=None if deadline_s is None else backbone.clock() + deadline_s,
+            deadline=None if deadline_s is None else self._backbone.clock() + deadline_s,
             priority=request.priority,
         )
-        backbone.batcher.offer(job)
+        model.batcher.offer(job)
         return job
 
-    def _count(self, outcome: bytes | DataMixError) -> None:
-        """Count one answer."""
-        label = str(outcome.status) if isinstance(outcome, DataMixError) else "ok"
-        self._backbone.traffic.requests[label] += 1
+    def count(self, model: ServedModel | None, outcome: bytes | DataMixError) -> None:
+        """Count one answer, for its model where one was found."""
+        outcomes = self.traffic.astray if model is None else model.outcomes
+        outcomes[str(outcome.status) if isinstance(outcome, DataMixError) else "ok"] += 1
 
-    def _encode(
-        self, request: wire.Request, outcome: Computed | DataMixError
-    ) -> bytes | DataMixError:
-        if isinstance(outcome, DataMixError):
-            return outcome
-        output, timing = outcome
-        try:
-            return wire.encode_response(
-                output,
-                dtype=request.dtype,
-                request_id=request.request_id,
-                model=self._backbone.model,
-                model_version=self._backbone.version,
-                block=request.block,
-                queue_s=timing.queue_s,
-                compute_s=timing.compute_s,
-                batch_rows=timing.batch_rows,
-                close_reason=timing.close_reason,
-            )
-        except NonFinite:
-            return NonFinite(f"the output of block {request.block} holds NaN or Inf")
-        except Exception as error:
-            return _presentable(error)
+
+def _encode(
+    model: ServedModel, request: wire.Request, outcome: Computed | DataMixError
+) -> list[Any] | DataMixError:
+    if isinstance(outcome, DataMixError):
+        return outcome
+    output, timing = outcome
+    try:
+        return wire.response_parts(
+            output,
+            dtype=request.dtype,
+            request_id=request.request_id,
+            model=model.name,
+            model_version=model.version,
+            block=request.block,
+            queue_s=timing.queue_s,
+            compute_s=timing.compute_s,
+            batch_rows=timing.batch_rows,
+            close_reason=timing.close_reason,
+        )
+    except NonFinite:
+        return NonFinite(f"the output of block {request.block} holds NaN or Inf")
+    except Exception as error:
+        return _presentable(error)
 
 
 def _presentable(error: Exception) -> DataMixError:

@@ -21,7 +21,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from picows import WSCloseCode
 
@@ -101,14 +101,15 @@ class Stream:
         if self._unanswered == self._limit:
             self.messages.hold(True)
 
-    def answer(self, message: bytes) -> None:
-        """Write one response."""
-        self.messages.send(message)
+    def answer(self, parts: list[Any]) -> int:
+        """Write one response, given in parts; return its bytes."""
+        sent_bytes = self.messages.send(parts)
         if self.messages.is_full and self.messages.buffered_bytes > self._max_bytes:
             self.cut("slow_reader")
         self._unanswered -= 1
         if self._unanswered == self._limit - 1:
             self._go_on()
+        return sent_bytes
 
     def watch(self, job: Job) -> None:
         """Remember a queued request, in case the peer leaves."""

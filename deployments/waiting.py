@@ -10,6 +10,7 @@ Nothing here knows threads, event loops or engines, and the clock is passed in.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right, insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -67,6 +68,7 @@ class Job:
         arrived: when it was offered, on the batcher's clock.
         due: its place in the queue, on the batcher's clock; the queue sets it.
         promised: whether it is normal and due at its deadline; the queue sets it.
+        size_bytes: what its rows hold in memory; the queue sets it.
         cancelled: set by the owner when nobody waits any more; the job is then dropped unanswered.
     """
 
@@ -78,6 +80,7 @@ class Job:
     arrived: float = 0.0
     due: float = 0.0
     promised: bool = False
+    size_bytes: int = 0
     cancelled: bool = False
 
     @property
@@ -100,7 +103,7 @@ class Taken:
 
 
 class Queue:
-    """The waiting requests, the most urgent first, bounded in rows. Not thread-safe.
+    """The waiting requests, the most urgent first, bounded in rows and bytes. Not thread-safe.
 
     Per priority and block there is a lane: a list in the order of ``due``. Most requests come in
     that order and are appended; inserting one among thousands moves some kilobytes of pointers,
@@ -108,19 +111,30 @@ class Queue:
 
     Attributes:
         rows: rows waiting.
+        bytes: what these hold in memory, in bytes; a message's framing is not counted.
         limits: blocks whose batches shall have fewer rows than ``max_batch_rows``, and how many.
         full_s: how long a full batch of a block should take, in seconds, where that is known.
     """
 
-    def __init__(self, *, max_batch_rows: int, max_queue_rows: int, max_age_s: float = 2.0) -> None:
-        """Take batches of at most ``max_batch_rows`` from at most ``max_queue_rows`` waiting.
+    def __init__(
+        self,
+        *,
+        max_batch_rows: int,
+        max_queue_rows: int,
+        max_queue_bytes: int = sys.maxsize,
+        max_age_s: float = 2.0,
+    ) -> None:
+        """Take batches of at most ``max_batch_rows``.
 
-        What has waited for ``max_age_s`` goes before all that arrives from then on.
+        At most ``max_queue_rows`` and ``max_queue_bytes`` wait. What has waited for ``max_age_s``
+        goes before all that arrives from then on.
         """
         self.max_batch_rows = max_batch_rows
         self.max_queue_rows = max_queue_rows
+        self.max_queue_bytes = max_queue_bytes
         self.max_age_s = max_age_s
         self.rows = 0
+        self.bytes = 0
         self.limits: dict[int, int] = {}
         self.full_s: dict[int, float] = {}
         self._normal: defaultdict[int, list[Job]] = defaultdict(list)  # by block
@@ -139,7 +153,9 @@ class Queue:
     def offer(self, job: Job) -> bool:
         """Queue a job that arrived now; False where there is no room for its rows."""
         count = job.count
-        if self.rows + count > self.max_queue_rows:
+        features, scale = job.rows
+        size = features.nbytes if scale is None else features.nbytes + scale.nbytes
+        if self.rows + count > self.max_queue_rows or self.bytes + size > self.max_queue_bytes:
             return False
         due = job.due = self._due(job)
         lane = (self._low if job.priority else self._normal)[job.block]
@@ -150,8 +166,16 @@ class Queue:
         if due == job.deadline and not job.priority:
             job.promised = True
             self._promised[job.block] += count
+        job.size_bytes = size
         self.rows += count
+        self.bytes += size
         return True
+
+    def refusal(self, job: Job) -> str:
+        """Why there is no room for ``job``: which bound it meets."""
+        if self.rows + job.count > self.max_queue_rows:
+            return f"the queue holds {self.rows} rows of at most {self.max_queue_rows}"
+        return f"the queue holds {self.bytes} bytes of at most {self.max_queue_bytes}"
 
     def take(self, now: float) -> Taken:
         """Take the next batch: the most urgent live request and all that fit of the same block.
@@ -175,7 +199,7 @@ class Queue:
             now += self.full_s.get(block, 0.0)
         normal, low = self._normal.get(block, []), self._low.get(block, [])
         n = k = 0  # how far each lane is gone through
-        rows = gone = promised = 0
+        rows = gone = gone_bytes = promised = 0
         while rows < limit:
             if n < len(normal) and not (
                 k < len(low) and _urgency(low[k], now) < _urgency(normal[n], now)
@@ -189,6 +213,7 @@ class Queue:
                 break
             count = job.count
             gone += count
+            gone_bytes += job.size_bytes
             if job.promised:
                 promised += count
             if job.cancelled:
@@ -200,6 +225,7 @@ class Queue:
             if rows > limit and taken.batch:
                 # It stays, and the batch is as full as it can be.
                 gone -= count
+                gone_bytes -= job.size_bytes
                 promised -= count if job.promised else 0
                 n, k = (n, k - 1) if job.priority else (n - 1, k)
                 break
@@ -208,6 +234,7 @@ class Queue:
             taken.close_reason = "full" if limit >= self.max_batch_rows else "deadline"
         del normal[:n], low[:k]
         self.rows -= gone
+        self.bytes -= gone_bytes
         self._promised[block] -= promised
         return taken
 
@@ -281,6 +308,7 @@ class Queue:
     def _drop(self, job: Job, expired: list[Job]) -> None:
         """Count a dead job out; one that is late is still to be answered."""
         self.rows -= job.count
+        self.bytes -= job.size_bytes
         if job.promised:
             self._promised[job.block] -= job.count
         if not job.cancelled:

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 
 from datamix.errors import DataMixError, DeadlineExceeded, Overloaded, Unavailable
 from deployments.batcher import Batcher
-from deployments.engine import Array, Block, Rows
+from deployments.engine import Block, Engine, Pending, Rows, Settled
 from deployments.waiting import Computed, Job, Queue, Taken, Timing
 
 PATIENCE_S = 10.0  # for what must happen at once; only a failing test waits so long
@@ -47,6 +47,11 @@ def counts(jobs: Sequence[Job]) -> list[int]:
     return [job.count for job in jobs]
 
 
+def held(job: Job) -> int:
+    """Bytes of a job's rows."""
+    return sum(len(part.tobytes()) for part in job.rows if part is not None)
+
+
 # --- the queue ----------------------------------------------------------------------------------
 
 
@@ -56,10 +61,17 @@ MAX_AGE_S = 3
 class QueueMachine(RuleBasedStateMachine):
     """Any order of offers, takes, cancellations and passing time, beside a list that remembers."""
 
-    @initialize(max_batch_rows=st.integers(1, 8), max_queue_rows=st.integers(1, 40))
-    def build(self, max_batch_rows: int, max_queue_rows: int) -> None:
+    @initialize(
+        max_batch_rows=st.integers(1, 8),
+        max_queue_rows=st.integers(1, 40),
+        max_queue_bytes=st.integers(16, 200),
+    )
+    def build(self, max_batch_rows: int, max_queue_rows: int, max_queue_bytes: int) -> None:
         self.queue = Queue(
-            max_batch_rows=max_batch_rows, max_queue_rows=max_queue_rows, max_age_s=MAX_AGE_S
+            max_batch_rows=max_batch_rows,
+            max_queue_rows=max_queue_rows,
+            max_queue_bytes=max_queue_bytes,
+            max_age_s=MAX_AGE_S,
         )
         self.now = 0.0
         self.waiting: list[Job] = []  # in order of arrival
@@ -71,13 +83,20 @@ class QueueMachine(RuleBasedStateMachine):
         block=st.integers(0, 2),
         life=st.none() | st.integers(0, 2 * MAX_AGE_S),
         priority=st.integers(0, 1),
+        int8=st.booleans(),
     )
-    def offer(self, data: st.DataObject, block: int, life: int | None, priority: int) -> None:
+    def offer(
+        self, data: st.DataObject, block: int, life: int | None, priority: int, int8: bool
+    ) -> None:
         rows = data.draw(st.integers(1, self.queue.max_batch_rows))
         deadline = None if life is None else self.now + life
         job = make_job(rows, block=block, deadline=deadline, priority=priority, arrived=self.now)
+        if int8:
+            job.rows = Rows(np.zeros((rows, 1), np.int8), np.ones(rows, np.float32))
         fits = sum(counts(self.waiting)) + rows <= self.queue.max_queue_rows
+        fits &= sum(map(held, self.waiting)) + held(job) <= self.queue.max_queue_bytes
         assert self.queue.offer(job) == fits
+        assert fits or self.queue.refusal(job)
         if fits:
             self.waiting.append(job)
 
@@ -191,6 +210,7 @@ class QueueMachine(RuleBasedStateMachine):
         if not hasattr(self, "queue"):
             return
         assert self.queue.rows == sum(counts(self.waiting)) <= self.queue.max_queue_rows
+        assert self.queue.bytes == sum(map(held, self.waiting)) <= self.queue.max_queue_bytes
         assert len(self.queue) == len(self.waiting)
         for block in range(3):
             near = [
@@ -207,7 +227,7 @@ class QueueMachine(RuleBasedStateMachine):
         while len(self.queue):
             self.take()
         assert len(set(map(id, self.left))) == len(self.left)  # nothing is answered twice
-        assert self.queue.rows == 0
+        assert self.queue.rows == self.queue.bytes == 0
 
 
 TestQueue = QueueMachine.TestCase
@@ -341,7 +361,7 @@ class Clock:
 
 
 @dataclass
-class FakeEngine:
+class FakeEngine(Engine):
     """Doubles its input. Closed, it stops inside each batch until a test lets one go."""
 
     closed: bool = False
@@ -353,7 +373,7 @@ class FakeEngine:
     entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     release: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
-    def run(self, block: int, requests: Sequence[Rows]) -> Sequence[Array]:
+    def start(self, block: int, requests: Sequence[Rows]) -> Pending:
         self.calls.append((block, [len(request.features) for request in requests]))
         self.entered.release()
         if self.closed:
@@ -361,7 +381,7 @@ class FakeEngine:
         self.during()
         if self.fails_on(requests):
             raise RuntimeError("secret 0.1234 in /some/path")
-        return [2 * request.features for request in requests]
+        return Settled([2 * request.features for request in requests], 100)
 
     async def await_entry(self) -> None:
         assert await asyncio.to_thread(self.entered.acquire, timeout=PATIENCE_S)
@@ -381,6 +401,7 @@ async def batching(
     *,
     max_batch_rows: int = 8,
     max_queue_rows: int = 100,
+    max_queue_bytes: int = 1 << 30,
     target_batch_s: float | None = None,
     clock: Callable[[], float] | None = None,
     on_batch: Callable[[Timing], None] = lambda timing: None,
@@ -390,6 +411,7 @@ async def batching(
         asyncio.get_running_loop(),
         max_batch_rows=max_batch_rows,
         max_queue_rows=max_queue_rows,
+        max_queue_bytes=max_queue_bytes,
         target_batch_s=target_batch_s,
         on_batch=on_batch,
         clock=clock or Clock(),
@@ -557,6 +579,7 @@ def test_timings_and_totals() -> None:
             assert (statistics.batches, statistics.rows) == (2, 6)
             assert statistics.busy_s == batcher.busy_s == 1.5
             assert statistics.queue_s == 1.25
+            assert statistics.copied_bytes == 200
             await turn()
             assert batches == [one.timing, two.timing]  # each by its oldest request
 
@@ -589,6 +612,25 @@ def test_a_full_queue_sheds_at_once_and_says_when_to_come_back() -> None:
             engine.open()
             await computed(running, *waiting, submitted)
             assert [rows for _, rows in engine.calls] == [[1], [3], [3], [3]]
+
+    asyncio.run(go())
+
+
+def test_a_queue_that_is_full_in_bytes_sheds_too() -> None:
+    async def go() -> None:
+        engine = FakeEngine(closed=True)
+        async with batching(engine, max_queue_bytes=100) as batcher:
+            running = submit(batcher)
+            await engine.await_entry()
+            waiting = [submit(batcher, rows=8) for _ in range(3)]  # 32 bytes each
+            with pytest.raises(Overloaded) as raised:
+                submit(batcher, rows=2)
+            assert str(raised.value) == ("the queue holds 96 bytes of at most 100, try again later")
+            assert raised.value.retry_after_s is not None
+            fits = submit(batcher, rows=1)
+            engine.open()
+            await computed(running, *waiting, fits)
+            await computed(submit(batcher, rows=8))  # what left makes room
 
     asyncio.run(go())
 
@@ -886,8 +928,8 @@ def test_an_engine_that_always_fails_answers_everybody() -> None:
 
 def test_an_engine_that_loses_an_output_does_not_stop_the_batcher() -> None:
     class Forgetful(FakeEngine):
-        def run(self, block: int, requests: Sequence[Rows]) -> Sequence[Array]:
-            return super().run(block, requests)[1:]
+        def start(self, block: int, requests: Sequence[Rows]) -> Pending:
+            return Settled(super().start(block, requests).wait()[1:])
 
     async def go() -> None:
         async with batching(Forgetful()) as batcher:

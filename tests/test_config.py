@@ -61,7 +61,7 @@ def test_unknown_keys_are_refused(key: str) -> None:
 
 
 NO_BUNDLE = "no bundle is given; only a null or emulated engine with echo_shape can do without"
-ENGINE = "expected torch, null or emulated:a_s,b_s in seconds"
+ENGINE = "expected torch, null, emulated:a_s,b_s in seconds or emulated:PATH.json"
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,11 @@ ENGINE = "expected torch, null or emulated:a_s,b_s in seconds"
             {"bundle": "b", "max_queue_rows": 100},
             "max_request_rows is 128, expected at most max_queue_rows (100), or the largest "
             "requests would be shed for ever",
+        ),
+        (
+            {"bundle": "b", "max_queue_bytes": 16 << 20, "max_request_bytes": (8 << 20) + 1},
+            "max_queue_bytes is 16777216, expected at least twice max_request_bytes (8388609), "
+            "or the largest requests would be shed for ever",
         ),
         ({"bundle": "b", "dtype": "float16"}, "dtype: Input should be 'float32' or 'bfloat16'"),
         ({"bundle": "b", "threads": 0}, "threads: Input should be greater than or equal to 1"),
@@ -128,6 +133,7 @@ ENGINE = "expected torch, null or emulated:a_s,b_s in seconds"
             for key in (
                 "max_batch_rows",
                 "max_queue_rows",
+                "max_queue_bytes",
                 "max_request_rows",
                 "max_stream_requests",
             )

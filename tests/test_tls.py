@@ -132,7 +132,7 @@ async def test_requests_pass_with_token_and_authority(
             )
         for seed, rows in enumerate(sizes):
             assert_echoes(answers[seed], seed, rows)
-        assert cloud.backbone.traffic.requests == {"ok": len(sizes)}
+        assert cloud.outcomes == {"ok": len(sizes)}
         wrong = transport_to(url, kind, Access("a-token-nobody-knows", files.ca))
         with pytest.raises(Unauthorized):
             await wrong.send(message_of(0), "r0", PATIENCE_S)
@@ -156,7 +156,7 @@ async def test_a_cloud_that_nobody_vouches_for_is_refused(
             with pytest.raises(ConfigError, match=why):
                 await transport.send(message_of(0), "r0", PATIENCE_S)
             await transport.close()
-        assert not cloud.backbone.traffic.requests  # neither token nor mixtures were sent
+        assert not cloud.outcomes  # neither token nor mixtures were sent
 
     await through_tls(files, tmp_path, test)
 
@@ -169,7 +169,7 @@ async def test_plain_http_is_refused(files: Files, tmp_path: Path, kind: Any) ->
         with pytest.raises(Unavailable):
             await transport.send(message_of(0), "r0", PATIENCE_S)
         await transport.close()
-        assert not cloud.backbone.traffic.requests
+        assert not cloud.outcomes
 
     await through_tls(files, tmp_path, test)
 
