@@ -61,7 +61,7 @@ class Stream:
         opened_s: when it was opened.
         active_s: when the sweep last saw that a message came or was owed an answer.
         full_s: since when the sweep sees that the peer reads nothing; None while it reads.
-        is_leaving: it will be told to go elsewhere.
+        leaves_s: when it will be told to go elsewhere, as far as that is planned.
         reason: why it ends; "" as long as it does not.
         ends_s: when the next step of its end is due, whatever the peer does.
     """
@@ -82,7 +82,7 @@ class Stream:
         self.token = token
         self.opened_s = self.active_s = now
         self.full_s: float | None = None
-        self.is_leaving = False
+        self.leaves_s = float("inf")
         self.reason = ""
         self.ends_s = float("inf")
         self._limit = limit
@@ -294,7 +294,8 @@ class Streams:
         """Move the oldest streams to wherever their devices are led next; return how many.
 
         Each is told when its turn comes, evenly spread, and answered first what is in flight. A
-        stream that opens meanwhile stays, as does one that was told before.
+        stream that opens meanwhile stays. To ask twice moves nothing twice: a stream whose turn is
+        planned keeps it, or gets the earlier one.
 
         Whenever replicas come or go, Ray reloads HAProxy, and the old worker cuts its streams
         after RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S (120), whatever is in flight: all streams, moved
@@ -311,7 +312,7 @@ class Streams:
             raise ConfigError(f"share is {share}, expected more than 0, at most 1")
         if not 0 <= within_s < math.inf:
             raise ConfigError(f"within_s is {within_s}, expected 0 or more, finite")
-        staying = [s for s in self._open if not (s.is_leaving or s.reason)]
+        staying = [stream for stream in self._open if not stream.reason]
         going = staying[: math.ceil(share * len(staying))]
         now = self._clock()
         for number, stream in enumerate(going):
@@ -322,11 +323,14 @@ class Streams:
 
     def _stop(self, stream: Stream) -> None:
         """The server stops: let the stream go, a little after the one before."""
+        if stream.reason:
+            return  # on its way already
         now = self._clock()
         self._last_stop_s = max(now, self._last_stop_s + _STOP_STEP_S)
         self._leave(stream, "stopped", self._last_stop_s)
         self._arm(max(0.0, self._leaving[0][0] - now))
 
     def _leave(self, stream: Stream, reason: str, at_s: float) -> None:
-        stream.is_leaving = True
-        heapq.heappush(self._leaving, (at_s, next(self._order), stream, reason))
+        if at_s < stream.leaves_s:  # else its turn in the heap comes first
+            stream.leaves_s = at_s
+            heapq.heappush(self._leaving, (at_s, next(self._order), stream, reason))

@@ -84,7 +84,11 @@ async def run(port: int, folder: Path) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     (folder / "tokens").write_text(write_token(folder / "token"))
-    config = Config(bundle=str(BUNDLE), tokens_file=str(folder / "tokens"))
+    config = Config(
+        bundle=str(BUNDLE),
+        tokens_file=str(folder / "tokens"),
+        rotate_streams_within_s=None,  # none but those that are asked for here
+    )
     # Ray's handles belong to a loop that must outlive the cluster.
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()

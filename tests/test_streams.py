@@ -618,19 +618,59 @@ def test_the_next_sweep_comes_when_the_next_stream_goes() -> None:
     asyncio.run(go())
 
 
-def test_a_stream_goes_once_and_new_ones_stay() -> None:
+def test_a_stream_goes_once_at_its_earliest_turn_and_new_ones_stay() -> None:
     async def go() -> None:
         house = House()
-        old = [house.open()[1] for _ in range(4)]
-        assert house.streams.rotate(0.5, 5) == 2
-        assert house.streams.rotate(1, 5) == 2  # the others
-        assert house.streams.rotate(1, 5) == 0
+        old = [house.open() for _ in range(4)]
+
+        def gone() -> int:
+            house.after(0)
+            return sum(socket.goodbye() is not None for _, socket in old)
+
+        for _ in range(3):
+            assert house.streams.rotate(0.5, 10) == 2  # the same two
         _, new = house.open()
-        gone, _ = house.open()
-        assert house.streams.rotate(0.5, 0) == 1  # the older one of the two
-        house.streams.close(gone)
-        house.after(6)
-        assert all(socket.goodbye() is not None for socket in [*old, new])
+        house.clock.now += 4
+        assert gone() == 1
+        assert house.streams.rotate(1, 8) == 4  # who has said goodbye is not asked again
+        house.clock.now += 1.5
+        assert gone() == 2  # the second keeps its turn, which comes before that of the new plan
+        house.clock.now += 8
+        assert gone() == 4
+        assert new.goodbye() is not None
+        assert all(socket.said.count(WSCloseCode.SERVICE_RESTART) == 1 for _, socket in old)
+        house.streams.stop()
+
+    asyncio.run(go())
+
+
+def test_a_server_that_stops_during_a_rotation() -> None:
+    async def go() -> None:
+        house = House()
+        (busy, one), (waiting, two) = house.open(), house.open()
+        busy.messages.receive(b"in flight")
+        house.streams.rotate(0.5, 0)
+        house.after(0)
+        house.streams.rotate(1, 100)
+        for stream in (busy, waiting):
+            stream.messages.on_stop()
+        house.after(0.01)
+        assert (one.goodbye(), two.goodbye()) == (None, WSCloseCode.SERVICE_RESTART)
+        busy.answer([b"answer"])
+        assert one.said[-3:] == [b"answer", WSCloseCode.SERVICE_RESTART, "resume"]
+        house.streams.stop()
+
+    asyncio.run(go())
+
+
+def test_who_leaves_before_its_turn_is_not_missed() -> None:
+    async def go() -> None:
+        house = House()
+        (leaver, first), (_, second) = house.open(), house.open()
+        house.streams.rotate(1, 10)
+        house.streams.close(leaver)
+        house.after(20)
+        assert (first.goodbye(), second.goodbye()) == (None, WSCloseCode.SERVICE_RESTART)
         house.streams.stop()
 
     asyncio.run(go())
