@@ -119,7 +119,7 @@ class _Listener(WSListener):
     def __init__(self, messages: Messages, on_lost: Callable[[], None]) -> None:
         self._messages = messages
         self._on_lost = on_lost
-        self._fragments: list[bytes] = []
+        self._parts = bytearray()  # of a message in several frames
         self._text = False
 
     def on_ws_connected(self, transport: WSTransport) -> None:
@@ -137,14 +137,15 @@ class _Listener(WSListener):
 
     def _part(self, transport: WSTransport, frame: WSFrame) -> None:
         if frame.msg_type != WSMsgType.CONTINUATION:
-            self._fragments.clear()
+            self._parts.clear()
             self._text = frame.msg_type == WSMsgType.TEXT
-        self._fragments.append(frame.get_payload_as_bytes())
-        if sum(map(len, self._fragments)) > MAX_MESSAGE_BYTES:
+        self._parts += frame.get_payload_as_memoryview()
+        if len(self._parts) > MAX_MESSAGE_BYTES:
             transport.send_close(WSCloseCode.MESSAGE_TOO_BIG)
             transport.disconnect()
         elif frame.fin:
-            body, self._fragments = b"".join(self._fragments), []
+            body = bytes(self._parts)
+            self._parts.clear()
             self._messages.receive(None if self._text else body)
 
     def pause_writing(self) -> None:
