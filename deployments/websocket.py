@@ -285,6 +285,10 @@ class WebSocket(asyncio.Protocol):
         buffer = protocol.get_buffer(len(self._request))
         buffer[: len(self._request)] = self._request
         protocol.buffer_updated(len(self._request))
+        if self._messages.transport is None:
+            # picows refused the handshake and hangs up. That was no connection to it, so it tells
+            # its listener nothing.
+            self.connection_lost(None)
 
     def _make_listener(self, request: WSUpgradeRequest) -> WSListener:
         return _Listener(self._messages, lambda: self.connection_lost(None))

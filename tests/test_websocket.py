@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
+import pytest
+
 from deployments.config import Config
 from tests.real_cloud import (
     PATIENCE_S,
@@ -79,6 +81,34 @@ def test_a_message_in_many_tiny_frames_holds_nobody_up() -> None:
             assert (first, size) == (FIN | BINARY, 126)  # an answer, larger than 125 bytes
             assert time.process_time() - start < 2  # it took more than 10
             assert cloud.outcomes == {"ok": 1}
+            assert_echoes(await ask(stream, message_of(2)), 2)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("GET", {"sec_websocket_key": "short"}),
+        ("GET", {"sec_websocket_key": None}),
+        ("GET", {"sec_websocket_version": "12"}),
+        ("GET", {"transfer_encoding": "chunked"}),
+        ("GET", {f"x-{number}": "y" for number in range(150)}),
+        ("POST", {"content_length": "0"}),
+    ],
+    ids=["bad key", "no key", "old version", "chunked", "many headers", "method"],
+)
+def test_a_bad_handshake_leaves_nothing_behind(method: str, changes: dict[str, str | None]) -> None:
+    """Its stream stayed open for ever, a task and a slot each, as nobody said that it had ended."""
+
+    async def test(cloud: Cloud) -> None:
+        async with http(cloud) as peer:
+            await upgrade(peer, method, **changes)
+            assert (await refused(peer)).status == 400
+        async with asyncio.timeout(PATIENCE_S):
+            while cloud.backbone.traffic.open_streams:
+                await asyncio.sleep(0.001)
+        async with cloud.stream() as stream:
             assert_echoes(await ask(stream, message_of(2)), 2)
 
     run(test)
