@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 
@@ -110,5 +111,25 @@ def test_a_bad_handshake_leaves_nothing_behind(method: str, changes: dict[str, s
                 await asyncio.sleep(0.001)
         async with cloud.stream() as stream:
             assert_echoes(await ask(stream, message_of(2)), 2)
+
+    run(test)
+
+
+@pytest.mark.parametrize("size", [15_500, 16_500, 70_000])
+def test_a_handshake_with_too_long_headers_is_told_so(size: int) -> None:
+    """It did not fit picows' buffer, and the connection was dropped without an answer."""
+
+    async def test(cloud: Cloud) -> None:
+        async with http(cloud) as peer:
+            await upgrade(peer, x_long="y" * size)
+            reply = await refused(peer)
+            assert reply.status == 431
+            assert re.fullmatch(
+                r"the upgrade request has \d+ bytes, expected at most 15360", reply.error
+            )
+        assert not cloud.backbone.traffic.open_streams
+        async with http(cloud) as peer:
+            await upgrade(peer, x_long="y" * 14_000)
+            assert (await peer.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
 
     run(test)
