@@ -13,6 +13,7 @@ application finds a :class:`Messages` in ``scope["extensions"][EXTENSION]``.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, MutableMapping
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 EXTENSION = "datamix.messages"
 MAX_MESSAGE_BYTES = 16 << 20
+_MAX_REQUEST_BYTES = 15 << 10  # to upgrade a connection; picows hangs up without a word at 16 kB
 _ROOM = bytes(14)  # for the header of the frame that holds a message
 _PING_S = 20.0  # to find peers that left without a word
 
@@ -241,6 +243,9 @@ class WebSocket(asyncio.Protocol):
             # A peer that sends frames before it was let in; nobody of ours does.
             self._transport.abort()
             return
+        if len(data) > _MAX_REQUEST_BYTES:
+            self._refuse_long(len(data))
+            return
         self._request = data
         self._events.put_nowait({"type": "websocket.connect"})
         task = asyncio.get_running_loop().create_task(self._run())
@@ -350,9 +355,19 @@ class WebSocket(asyncio.Protocol):
         buffer = protocol.get_buffer(len(self._request))
         buffer[: len(self._request)] = self._request
         protocol.buffer_updated(len(self._request))
+        if self._messages.transport is None:
+            # picows refused the handshake and hangs up. That was no connection to it, so it tells
+            # its listener nothing.
+            self.connection_lost(None)
 
     def _make_listener(self, request: WSUpgradeRequest) -> WSListener:
         return _Listener(self._messages, lambda: self.connection_lost(None))
+
+    def _refuse_long(self, size: int) -> None:
+        sentence = f"the upgrade request has {size} bytes, expected at most {_MAX_REQUEST_BYTES}"
+        body = json.dumps({"error": sentence}).encode()
+        length = (b"content-length", b"%d" % len(body))
+        self._refuse(431, [(b"content-type", b"application/json"), length], body)
 
     def _refuse(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()]
