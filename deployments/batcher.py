@@ -3,69 +3,35 @@
 While the engine computes, requests gather; the moment it is free it takes what waits, up to
 ``max_batch_rows``. There is no timer: an idle engine starts at once, a busy one gets ever larger
 batches. The most urgent request goes first, with all that fit of the same block; requests never
-split. :mod:`deployments.waiting` says which is the most urgent.
+split. :mod:`deployments.waiting` says which is the most urgent, :mod:`deployments.dispatch` when a
+batch starts; here are the two threads.
 
-    event loop:    offer() -> [queue] ..................... deliver callbacks
-    engine thread:            take() -> Engine.run() ------^
+    event loop:    offer() -> [queue] ............................ deliver callbacks
+    engine thread:            take -> Engine.start, Pending.wait ------^
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from math import ceil
-from queue import SimpleQueue
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from math import inf
+from queue import Empty, SimpleQueue
 
 import numpy as np
 
 from datamix.errors import DataMixError, DeadlineExceeded, Overloaded, Unavailable
-from deployments.cost import CostModel
-from deployments.engine import Engine, Rows
+from deployments.dispatch import Dispatch, Flight
+from deployments.engine import Array, Engine, Rows
 from deployments.waiting import Computed, Job, Queue, Timing
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(slots=True)
-class Statistics:
-    """Running totals of one batcher; plain numbers, so that counting costs nothing.
-
-    Attributes:
-        busy_s: time the engine computed, in seconds.
-        batches: batches computed.
-        rows: rows computed.
-        close_reasons: batches by why they closed.
-        queue_s: summed wait of all requests that were computed, in seconds.
-        copied_bytes: bytes of rows that the engine copied on their way to where they are computed.
-    """
-
-    busy_s: float = 0.0
-    batches: int = 0
-    rows: int = 0
-    close_reasons: Counter[str] = field(default_factory=Counter)
-    queue_s: float = 0.0
-    copied_bytes: int = 0
-
-
-class Running(NamedTuple):
-    """The batch that the engine computes now.
-
-    Attributes:
-        since: its start, on the batcher's clock.
-        block: which block it runs.
-        predicted_s: how long it should take, in seconds.
-    """
-
-    since: float
-    block: int
-    predicted_s: float
+Results = list[tuple[Job, Computed | DataMixError]]
 
 
 class Batcher:
@@ -100,7 +66,6 @@ class Batcher:
                 request, for metrics.
             clock: monotonic seconds.
         """
-        self.statistics = Statistics()
         self._engine = engine
         self._loop = loop
         self._queue = Queue(
@@ -109,20 +74,22 @@ class Batcher:
             max_queue_bytes=max_queue_bytes,
             max_age_s=max_age_s,
         )
-        self._target_batch_s = target_batch_s
-        self._costs = [CostModel() for _ in engine.blocks]
+        self._dispatch = Dispatch(
+            self._queue,
+            blocks=len(engine.blocks),
+            depth=engine.depth,
+            target_batch_s=target_batch_s,
+        )
+        self.statistics = self._dispatch.statistics
         self._on_batch = on_batch
         self._clock = clock
-        # The lock guards queue and flags; the signal wakes the thread, which says beforehand that
-        # it sleeps. Both are C; a threading.Condition is Python and would cost more than the queue.
+        # The lock guards queue and dispatch; the signal wakes the thread, which says beforehand how
+        # many waiting rows shall do so. Both are C; a threading.Condition is Python and would cost
+        # more than the queue.
         self._lock = threading.Lock()
         self._signal: SimpleQueue[None] = SimpleQueue()
-        self._asleep = False
-        self._probes: list[asyncio.Future[None]] = []
+        self._wake_rows = inf  # infinity: the thread is awake
         self._draining = False
-        self._stopped = False
-        self._running: Running | None = None
-        self._slowest_batch_s = self._slowest_row_s = 0.0  # of full batches, over all blocks
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -136,8 +103,7 @@ class Batcher:
     @property
     def busy_s(self) -> float:
         """Engine time so far in seconds, the running batch included."""
-        running = self._running
-        return self.statistics.busy_s + (self._clock() - running.since if running else 0.0)
+        return self._dispatch.busy_s(self._clock())
 
     def offer(self, job: Job) -> None:
         """Queue a request; ``job.done`` is called exactly once unless it is cancelled.
@@ -148,81 +114,33 @@ class Batcher:
             Unavailable: the batcher is draining.
         """
         job.arrived = self._clock()
+        queue, dispatch = self._queue, self._dispatch
         with self._lock:
             if self._draining:
                 raise Unavailable("this replica is draining, send the request again")
-            if job.deadline is not None and job.deadline - job.arrived < self._longest_s(job):
-                self._check_deadline(job, job.deadline)
-            if not self._queue.offer(job) and not (self._sweep() and self._queue.offer(job)):
+            deadline = job.deadline
+            if deadline is not None and deadline - job.arrived < dispatch.longest_s(job.count):
+                dispatch.check_deadline(job, deadline)
+            if not queue.offer(job) and not (self._sweep() and queue.offer(job)):
                 raise Overloaded(
-                    f"{self._queue.refusal(job)}, try again later", retry_after_s=self._wait_s()
+                    f"{queue.refusal(job)}, try again later",
+                    retry_after_s=dispatch.wait_s(self._clock()),
                 )
-            # Not at once: requests that the same poll of the sockets brought share the first
-            # batch, and the two threads do not fight for the GIL over each of them.
-            self._wake(self._loop.call_soon)
+            if queue.rows >= self._wake_rows:
+                # Not at once: requests that the same poll of the sockets brought share the first
+                # batch, and the two threads do not fight for the GIL over each of them.
+                self._wake(self._loop.call_soon)
 
     def predicted_wait_s(self) -> float:
         """How long until all that runs and waits now is computed, in seconds."""
         with self._lock:
-            return self._wait_s()
-
-    def _wait_s(self) -> float:
-        return max(0.001, self._predict_s(self._queue.ahead(self._clock())))
-
-    def _predict_s(self, waiting: dict[int, float]) -> float:
-        """Seconds for the rest of the running batch and for the waiting rows of each block."""
-        running = self._running
-        seconds = 0.0
-        if running is not None:
-            seconds = max(0.0, running.since + running.predicted_s - self._clock())
-        for block, rows in waiting.items():
-            batches = max(1.0, rows / self._queue.limit(block))
-            seconds += batches * self._costs[block].predict(rows / batches)
-        return seconds
-
-    def _longest_s(self, job: Job) -> float:
-        """What no prediction exceeds: spares most requests the microseconds of an exact one."""
-        # The running batch, the request's own, and one of each block that is not full.
-        batches = 2 + len(self._costs)
-        rows = self._queue.rows + job.count
-        return batches * self._slowest_batch_s + rows * self._slowest_row_s
-
-    def _check_deadline(self, job: Job, deadline: float) -> None:
-        """Refuse a request whose answer would come too late, as far as the model can tell.
-
-        Where no other request of the block waits or runs it is accepted whatever the model says: a
-        model that is wrong learns only from batches.
-
-        Raises:
-            Overloaded: says when a request like it would be in time.
-        """
-        block, running = job.block, self._running
-        cost = self._costs[block]
-        if not cost.warm:
-            return
-        ahead = self._queue.ahead(job.arrived, job)
-        before = ahead.pop(block, 0.0)
-        if not before and (running is None or running.block != block):
-            return
-        rows, limit = before + job.count, self._queue.limit(block)
-        # Where a batch goes before its own, its own will be full too by the time it starts.
-        own_s = ceil(rows / limit) * cost.predict(limit) if rows > limit else cost.predict(rows)
-        predicted_s = self._predict_s(ahead) + own_s
-        left_s = deadline - job.arrived
-        if predicted_s > left_s:
-            raise Overloaded(
-                f"the answer is predicted in {predicted_s:.3g} s, after the deadline in "
-                f"{left_s:.3g} s, try again later",
-                retry_after_s=max(0.001, predicted_s - left_s),
-            )
+            return self._dispatch.wait_s(self._clock())
 
     def _sweep(self) -> bool:
         """Make room in the queue; whether that may have helped. Call with the lock held."""
         before = self._queue.rows
         now = self._clock()
-        late: list[tuple[Job, Computed | DataMixError]] = [
-            (job, _late(job, now)) for job in self._queue.sweep(now)
-        ]
+        late: Results = [(job, _late(job, now)) for job in self._queue.sweep(now)]
         if late:
             self._loop.call_soon(self._deliver, late)
         return self._queue.rows < before
@@ -230,19 +148,32 @@ class Batcher:
     async def probe(self, timeout_s: float) -> None:
         """Prove that the thread is alive and the engine computes: one row through the engine.
 
-        It goes before all waiting requests, so it waits for one batch at most.
+        It goes before all waiting requests, so it waits for what is under way at most.
 
         Raises:
             Unavailable: no sign of life within ``timeout_s``, or the engine raised.
         """
-        future: asyncio.Future[None] = self._loop.create_future()
+        answer: asyncio.Future[None] = self._loop.create_future()
+
+        def done(outcome: Computed | DataMixError) -> None:
+            if answer.done():
+                return  # its time is over, and who waited is about to learn so
+            if isinstance(outcome, DataMixError):
+                answer.set_exception(outcome)
+            else:
+                answer.set_result(None)
+
+        rows = Rows(np.zeros((1, *self._engine.blocks[0].input_shape), np.float32), None)
+        job = Job(0, rows, done)
         with self._lock:
-            self._probes.append(future)
+            self._dispatch.probes.append(job)
             self._wake()
         try:
-            await asyncio.wait_for(future, timeout_s)
+            await asyncio.wait_for(answer, timeout_s)
         except TimeoutError:
             raise Unavailable(f"the engine gave no sign of life in {timeout_s:g} s") from None
+        finally:
+            job.cancelled = True  # answered, or nobody waits any more
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, finish the waiting ones, stop the thread.
@@ -259,14 +190,14 @@ class Batcher:
 
     def _wake(self, call: Callable[..., object] | None = None) -> None:
         """Wake the engine's thread if it sleeps, by way of ``call``. Call with the lock held."""
-        if self._asleep:
-            self._asleep = False
+        if self._wake_rows < inf:
+            self._wake_rows = inf
             if call is None:
                 self._signal.put(None)
             else:
                 call(self._signal.put, None)
 
-    def _deliver(self, results: list[tuple[Job, Computed | DataMixError]]) -> None:
+    def _deliver(self, results: Results) -> None:
         for job, outcome in results:
             if not job.cancelled:
                 try:
@@ -279,92 +210,96 @@ class Batcher:
     # --- the engine thread's side ---
 
     def _work(self) -> None:
-        while True:
-            with self._lock:
-                sleep = self._asleep = not (len(self._queue) or self._probes or self._draining)
-            if sleep:
-                self._signal.get()
-            with self._lock:
-                probes, self._probes = self._probes, []
-                taken = self._queue.take(self._clock())
-                if self._draining:
-                    taken.close_reason = "drain"
-                    self._stopped = not len(self._queue)
-            for probe in probes:
-                if not probe.done():  # else its caller gave up while the engine was busy
-                    self._answer(probe)
-            if taken.expired:
-                now = self._clock()
-                self._post([(job, _late(job, now)) for job in taken.expired])
-            if taken.batch:
-                self._compute(taken.batch, taken.close_reason)
-            if self._stopped:
-                return
-            del taken, probes  # an idle engine holds on to nobody's message
+        while self._step():
+            pass
 
-    def _compute(self, batch: list[Job], close_reason: str) -> None:
-        block = batch[0].block
-        rows = sum(job.count for job in batch)
-        cost = self._costs[block]
-        start = self._clock()
-        self._running = Running(start, block, cost.predict(rows))
+    def _step(self) -> bool:
+        """Do the next thing there is to do; False when nothing ever will be."""
+        dispatch = self._dispatch
+        landed = False
+        for flight in dispatch.flights[:1]:
+            landed = flight.pending is not None and flight.pending.done()
+        with self._lock:
+            step = dispatch.next(self._clock(), landed=landed, draining=self._draining)
+            self._wake_rows = step.wake_rows
+        if step.expired:
+            now = self._clock()
+            self._post([(job, _late(job, now)) for job in step.expired])
+        if step.start is not None:
+            self._start(step.start)
+        elif step.finish:
+            self._finish(dispatch.flights[0])
+        elif step.nap_s:
+            # An idle engine holds on to nobody's message: no batch is in reach here.
+            with contextlib.suppress(Empty):
+                self._signal.get(timeout=None if step.nap_s == inf else step.nap_s)
+        return not step.stop
+
+    def _start(self, flight: Flight) -> None:
+        """Hand a batch to the engine; one that can do one thing only has then done it."""
+        started = self._clock()
+        self._dispatch.launch(flight, started)
         try:
-            pending = self._engine.start(block, [job.rows for job in batch])
-            self.statistics.copied_bytes += pending.copied_bytes
-            outputs = pending.wait()
-            if len(outputs) != len(batch):
-                raise ValueError(f"{len(outputs)} outputs for {len(batch)} requests")
+            flight.pending = self._engine.start(flight.block, [job.rows for job in flight.jobs])
         except Exception as error:
-            self._account(start)
-            self._fail(batch, error)
+            self._fail(flight, error)
             return
-        compute_s = self._account(start)
-        cost.observe(rows, compute_s)
-        if cost.warm:
-            self._plan(block, cost)
-        statistics = self.statistics
-        statistics.batches += 1
-        statistics.rows += rows
-        statistics.close_reasons[close_reason] += 1
-        results: list[tuple[Job, Computed | DataMixError]] = []
-        for job, output in zip(batch, outputs, strict=True):
-            timing = Timing(start - job.arrived, compute_s, rows, close_reason)
-            statistics.queue_s += timing.queue_s
-            results.append((job, Computed(output, timing)))
-        oldest = Timing(start - min(job.arrived for job in batch), compute_s, rows, close_reason)
-        self._post(results, oldest)
+        self.statistics.copied_bytes += flight.pending.copied_bytes
+        if self._engine.depth == 1:
+            self._finish(flight)
+        else:
+            flight.staged_s = self._clock() - started
 
-    def _plan(self, block: int, cost: CostModel) -> None:
-        """Tell the queue what the model has learned."""
-        queue = self._queue
-        if self._target_batch_s is not None:
-            queue.limits[block] = cost.rows_within(self._target_batch_s, queue.max_batch_rows)
-        queue.full_s[block] = cost.predict(queue.limit(block))
-        self._slowest_batch_s = max(queue.full_s.values())
-        self._slowest_row_s = max(s / queue.limit(block) for block, s in queue.full_s.items())
-
-    def _account(self, start: float) -> float:
-        """Book the time since ``start`` as busy; return it in seconds."""
-        elapsed = self._clock() - start
-        self.statistics.busy_s += elapsed
-        self._running = None
-        return elapsed
-
-    def _fail(self, batch: list[Job], error: Exception) -> None:
-        """An engine that raised: find the request to blame by running each one alone."""
-        if len(batch) > 1:
-            for job in batch:
-                if not job.cancelled:
-                    self._compute([job], "engine_free")
+    def _finish(self, flight: Flight) -> None:
+        """Wait for the oldest batch and answer its requests."""
+        pending = flight.pending
+        assert pending is not None  # what did not start is not under way
+        try:
+            outputs = pending.wait()
+            if len(outputs) != len(flight.jobs):
+                raise ValueError(f"{len(outputs)} outputs for {len(flight.jobs)} requests")
+        except Exception as error:
+            self._fail(flight, error)
             return
-        # The exception's text may hold values of the input or paths: it stays in the log's type.
-        logger.error("engine failed on a request: %s", type(error).__name__)
-        fault = Unavailable("the engine failed on this request")
-        self._post([(batch[0], fault)])
+        dispatch = self._dispatch
+        now = self._clock()
+        begun = dispatch.land(flight, now)
+        if not flight.probe:
+            dispatch.learn(flight, now, begun, pending.copy_s)
+        self._answer(flight, outputs, begun, now - begun)
 
-    def _post(
-        self, results: list[tuple[Job, Computed | DataMixError]], oldest: Timing | None = None
+    def _answer(
+        self, flight: Flight, outputs: Sequence[Array], begun: float, compute_s: float
     ) -> None:
+        rows, reason = flight.rows, flight.close_reason
+        results: Results = []
+        queued_s = 0.0
+        for job, output in zip(flight.jobs, outputs, strict=True):
+            timing = Timing(begun - job.arrived, compute_s, rows, reason)
+            queued_s += timing.queue_s
+            results.append((job, Computed(output, timing)))
+        if flight.probe:
+            self._post(results)
+            return
+        self.statistics.queue_s += queued_s
+        first = min(job.arrived for job in flight.jobs)
+        self._post(results, Timing(begun - first, compute_s, rows, reason))
+
+    def _fail(self, flight: Flight, error: Exception) -> None:
+        """An engine that raised: find the request to blame by running each one alone."""
+        self._dispatch.land(flight, self._clock())
+        if flight.probe:
+            text = f"the engine failed its health probe: {type(error).__name__}"
+        elif len(flight.jobs) > 1:
+            self._dispatch.retries.extend(flight.jobs)
+            return
+        else:
+            # The exception's text may hold values of the input or paths: the log gets its type.
+            logger.error("engine failed on a request: %s", type(error).__name__)
+            text = "the engine failed on this request"
+        self._post([(flight.jobs[0], Unavailable(text))])
+
+    def _post(self, results: Results, oldest: Timing | None = None) -> None:
         """Hand results to the event loop, all of a batch in one wake-up."""
 
         def deliver() -> None:
@@ -376,23 +311,6 @@ class Batcher:
             self._loop.call_soon_threadsafe(deliver)
         except RuntimeError:  # the loop is closed: the process is on its way out
             logger.debug("event loop closed before %d results were delivered", len(results))
-
-    def _answer(self, probe: asyncio.Future[None]) -> None:
-        error: Exception | None = None
-        try:
-            shape = self._engine.blocks[0].input_shape
-            self._engine.run(0, [Rows(np.zeros((1, *shape), np.float32), None)])
-        except Exception as raised:
-            error = Unavailable(f"the engine failed its health probe: {type(raised).__name__}")
-
-        def settle() -> None:
-            if not probe.done():
-                probe.set_exception(error) if error else probe.set_result(None)
-
-        try:
-            self._loop.call_soon_threadsafe(settle)
-        except RuntimeError:
-            logger.debug("event loop closed before a probe was answered")
 
 
 def _late(job: Job, now: float) -> DeadlineExceeded:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-    from deployments.batcher import Statistics
+    from deployments.dispatch import Statistics
     from deployments.waiting import Timing
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)

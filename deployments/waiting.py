@@ -177,7 +177,31 @@ class Queue:
             return f"the queue holds {self.rows} rows of at most {self.max_queue_rows}"
         return f"the queue holds {self.bytes} bytes of at most {self.max_queue_bytes}"
 
-    def take(self, now: float) -> Taken:
+    def peek(self, now: float) -> tuple[int, int]:
+        """The block of the next batch, and its live rows counted up to its limit.
+
+        As many as the limit or more: the batch would be full. Block 0 and no rows where nothing
+        lives. Changes nothing.
+        """
+        first: Job | None = None
+        for lane in self._lanes():
+            for job in lane:
+                if job.is_live(now):
+                    if first is None or _urgency(job, now) < _urgency(first, now):
+                        first = job
+                    break
+        if first is None:
+            return 0, 0
+        block, rows = first.block, 0
+        limit = self.limit(block)
+        for job in chain(self._normal.get(block, ()), self._low.get(block, ())):
+            if job.is_live(now):
+                rows += job.count
+                if rows >= limit:
+                    break
+        return block, rows
+
+    def take(self, now: float, busy_s: float = 0.0) -> Taken:
         """Take the next batch: the most urgent live request and all that fit of the same block.
 
         Requests of other blocks keep their places. A request that does not fit ends the batch, so
@@ -186,7 +210,8 @@ class Queue:
 
         Where more waits than one batch holds, what would be late by the end of a full batch counts
         as expired. Otherwise an overloaded engine would spend its time on the requests that are
-        just about lost, and so lose the next ones as well.
+        just about lost, and so lose the next ones as well. ``busy_s`` is how long the engine has
+        still to do with what it was given before, in seconds.
         """
         taken = Taken()
         self._swept = False
@@ -196,7 +221,7 @@ class Queue:
             return taken
         limit = self.limit(block)
         if crowd > limit:
-            now += self.full_s.get(block, 0.0)
+            now += busy_s + self.full_s.get(block, 0.0)
         normal, low = self._normal.get(block, []), self._low.get(block, [])
         n = k = 0  # how far each lane is gone through
         rows = gone = gone_bytes = promised = 0

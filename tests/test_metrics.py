@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deployments.batcher import Statistics
+from deployments.dispatch import Statistics
 from deployments.metrics import (
     TABLE,
     Backend,
