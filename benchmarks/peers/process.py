@@ -1,0 +1,138 @@
+"""Start a peer's program in the peers' environment, wait until it answers, take all of it down."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from benchmarks import accounting
+from cluster.local import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+# What is served where.
+PATHS = {"mosec": "/inference", "litserve": "/predict", "bentoml": "/infer"}
+
+
+def python(venv: Path) -> Path:
+    """The interpreter of the peers' environment.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = venv / "bin" / "python"
+    if not found.exists():
+        raise FileNotFoundError(
+            f"{found} is not there, expected the peers' environment; make it with: "
+            f"python -m venv {venv.name} && {venv.name}/bin/pip install "
+            "-r benchmarks/peers/requirements.txt"
+        )
+    return found
+
+
+def versions(venv: Path) -> dict[str, str]:
+    """Releases of the peers, as installed in their environment."""
+    code = (
+        "import json, sys; from importlib.metadata import version; "
+        "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
+    )
+    output = subprocess.run(
+        [python(venv), "-c", code, *PATHS], capture_output=True, text=True, check=True
+    ).stdout
+    found: dict[str, str] = json.loads(output)
+    return found
+
+
+@contextlib.contextmanager
+def start(
+    peer: str, venv: Path, message: bytes, headers: dict[str, str], timeout_s: float = 60
+) -> Iterator[str]:
+    """Serve the echo on a peer; yields the URL to post to; its mark is ``peer``.
+
+    Args:
+        peer: its name, and settings of its program other than the tuned ones:
+            ``mosec`` or ``mosec:workers=2:batch=32``.
+        venv: the peers' environment.
+        message: what it must answer before it counts as started.
+        headers: of the requests.
+        timeout_s: how long it may take to start.
+
+    Raises:
+        RuntimeError: it ended, or did not answer ``message`` with 200 in ``timeout_s``.
+    """
+    port = free_port()
+    name, *settings = peer.split(":")
+    url = f"http://127.0.0.1:{port}{PATHS[name]}"
+    environment = accounting.environment(peer) | {"PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
+    with tempfile.TemporaryDirectory(prefix="dmx-", ignore_cleanup_errors=True) as folder:
+        log = Path(folder) / "log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [
+                    python(venv),
+                    "-m",
+                    f"benchmarks.peers.{name}_app",
+                    f"--port={port}",
+                    *(f"--{setting}" for setting in settings),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env=environment | {"TMPDIR": folder},
+                start_new_session=True,
+            )
+        try:
+            _wait(process, url, message, headers, log, timeout_s)
+            yield url
+        finally:
+            _stop(process, peer)
+
+
+def _wait(
+    process: subprocess.Popen[bytes],
+    url: str,
+    message: bytes,
+    headers: dict[str, str],
+    log: Path,
+    timeout_s: float,
+) -> None:
+    """Wait until ``url`` answers the message itself."""
+    deadline = time.monotonic() + timeout_s
+    last = "no answer"
+    while process.poll() is None and time.monotonic() < deadline:
+        request = urllib.request.Request(url, message, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                if len(answer.read()) >= len(message) // 2:
+                    return
+                last = "an answer that is too short"
+        except (OSError, urllib.error.HTTPError) as error:
+            last = str(error)
+        time.sleep(0.2)
+    said = log.read_text(errors="replace")[-2000:]
+    raise RuntimeError(f"{url} did not serve ({last}); it said: {said}")
+
+
+def _stop(process: subprocess.Popen[bytes], mark: str) -> None:
+    """End the peer and whatever it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+    left = accounting.processes(mark)
+    for child in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(left, timeout=5)
+    process.wait(5)
