@@ -29,19 +29,28 @@ ROWS = 4
 # Kilobytes of a message -> shape of one of its rows.
 SHAPES = {1: (2, 8, 8), 33: (64, 8, 8), 256: (64, 32, 16), 4096: (128, 64, 64)}
 HEADERS = {"content-type": wire.MEDIA_TYPE, "x-request-disconnect-disabled": "?1"}
-PATHS = "ours,mosec,litserve,bentoml,default,ceiling"
+PATHS = "ours,mosec,triton,bentoml,litserve,default,ceiling"
 STREAM, POST = "ours, stream", "ours, HTTP POST"
 CEILINGS = {"stream": "clients' ceiling, stream", "post": "clients' ceiling, HTTP POST"}
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One path to load: what kind of client, where, and whose processes are counted."""
+    """One path to load.
+
+    Attributes:
+        path: its name in the table.
+        kind: of the clients, ``stream`` or ``post``.
+        url: what they connect to.
+        mark: whose processes are counted.
+        peer: whether it is a peer, whose processes can be stopped while others have their turn.
+    """
 
     path: str
     kind: str
     url: str
     mark: str
+    peer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +97,8 @@ def start(paths: list[str], venv: Path, kilobytes: int) -> Iterator[list[Arm]]:
                     url = stack.enter_context(bare_server(kind, mark=name))
                     arms.append(Arm(name, kind, url, name))
             else:
-                url = stack.enter_context(process.start(path, venv, message, HEADERS))
-                arms.append(Arm(path, "post", url, path))
+                url = stack.enter_context(process.start(path, venv, message))
+                arms.append(Arm(path, "post", url, path, peer=True))
         yield arms
 
 
@@ -105,7 +114,8 @@ def settle(mark: str, timeout_s: float = 30) -> None:
         before = accounting.snapshot(mark)
         time.sleep(0.5)
         busy_s = sum(accounting.spent_s(before, accounting.snapshot(mark)).values()) / 0.5
-        if busy_s < 0.25:
+        # Some poll when they have nothing to do: LitServe takes a fifth of a core then.
+        if busy_s < 0.4:
             return
     raise RuntimeError(f"{mark} takes {busy_s:.0%} of a core {timeout_s:g} s after its load ended")
 
@@ -151,30 +161,40 @@ def measure(
     runs: dict[Arm, list[load.Load]] = {arm: [] for arm in arms}
     for number in range(rounds):
         for arm in list(runs):
-            where = f"{arm.path}, {point.kilobytes} kB, {point.connections} connections"
+            place = f"{arm.path}, {point.kilobytes} kB, {point.connections} connections"
             try:
-                found = load.run(
-                    arm.kind,
-                    arm.url,
-                    message,
-                    connections=point.connections,
-                    run_s=seconds,
-                    mark=arm.mark,
-                    headers=HEADERS,
-                )
-                settle(arm.mark)
+                runs[arm].append(turn(arm, arms, message, point.connections, seconds))
             except RuntimeError as error:
                 del runs[arm]
-                faults.append(f"{where}: {error}")
+                faults.append(f"{place}: {error}")
                 print(f"round {number + 1}: {faults[-1]}", flush=True)
                 continue
-            runs[arm].append(found)
+            found = runs[arm][-1]
             print(
-                f"round {number + 1}: {where}: {found.rate:,.0f} messages/s, "
-                f"{found.server_us:,.0f} us",
+                f"round {number + 1}: {place}: {found.rate:,.0f} messages/s, "
+                f"{found.server_us:,.1f} us ({breakdown([found])})",
                 flush=True,
             )
     return runs
+
+
+def turn(arm: Arm, arms: list[Arm], message: bytes, connections: int, seconds: float) -> load.Load:
+    """Load one path while the peers that it does not concern stand still."""
+    with contextlib.ExitStack() as stack:
+        for other in arms:
+            if other.peer and other.mark != arm.mark:
+                stack.enter_context(process.frozen(other.mark))
+        found = load.run(
+            arm.kind,
+            arm.url,
+            message,
+            connections=connections,
+            run_s=seconds,
+            mark=arm.mark,
+            headers=process.headers(arm.path) if arm.peer else HEADERS,
+        )
+        settle(arm.mark)
+    return found
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
