@@ -181,6 +181,8 @@ async def _load(task: Task, barrier: Any) -> _Part:
     for client in clients:
         client.begin()
     await asyncio.sleep(task.warm_s)
+    # Thousands of first messages take a while to write: the server's clock starts with ours.
+    await asyncio.to_thread(barrier.wait)
     for client in clients:
         client.latencies_s.clear()
     first, cpu, start = sum(c.count for c in clients), time.process_time(), time.monotonic()
@@ -249,7 +251,7 @@ def run(
         worker.start()
     try:
         barrier.wait(120)
-        time.sleep(warm_s)
+        barrier.wait(120 + warm_s)
         before = accounting.snapshot(mark) if mark else {}
         time.sleep(run_s)
         after = accounting.snapshot(mark) if mark else {}

@@ -43,9 +43,8 @@ def python(venv: Path) -> Path:
     found = venv / "bin" / "python"
     if not found.exists():
         raise FileNotFoundError(
-            f"{found} is not there, expected the peers' environment; make it with: "
-            f"python -m venv {venv.name} && {venv.name}/bin/pip install "
-            "-r benchmarks/peers/requirements.txt"
+            f"{found} is not there, expected the peers' environment as "
+            "benchmarks/peers/requirements.txt says how to make it"
         )
     return found
 
@@ -72,7 +71,9 @@ def headers(peer: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def start(peer: str, venv: Path, message: bytes, timeout_s: float = 60) -> Iterator[str]:
+def start(
+    peer: str, venv: Path, message: bytes, batch: int, timeout_s: float = 60
+) -> Iterator[str]:
     """Serve the echo on a peer; yields the URL to post to; its mark is ``peer``.
 
     Args:
@@ -80,6 +81,7 @@ def start(peer: str, venv: Path, message: bytes, timeout_s: float = 60) -> Itera
             ``mosec`` or ``mosec:workers=2:batch=32``.
         venv: the peers' environment.
         message: what it must echo before it counts as started.
+        batch: the largest batch, in messages, where ``peer`` says no other.
         timeout_s: how long it may take to start.
 
     Raises:
@@ -99,6 +101,7 @@ def start(peer: str, venv: Path, message: bytes, timeout_s: float = 60) -> Itera
                     "-m",
                     f"benchmarks.peers.{name}_app",
                     f"--port={port}",
+                    f"--batch={batch}",
                     *(f"--{setting}" for setting in settings),
                 ],
                 stdin=subprocess.DEVNULL,
