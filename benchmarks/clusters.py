@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.load import CLUSTER_MARK
+from benchmarks import accounting
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def start_saying(name: str, **options: Any) -> Iterator[dict[str, Any]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, CLUSTER_MARK: name},
+        env=accounting.environment(name),
         # Ctrl-C reaches the whole group; the cluster is told by its closing input instead.
         start_new_session=True,
     )
