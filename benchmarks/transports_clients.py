@@ -10,7 +10,6 @@ import asyncio
 import multiprocessing
 import time
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -22,7 +21,8 @@ import psutil
 import uvloop
 from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
 
-from benchmarks.load import CLUSTER_MARK, HEADERS
+from benchmarks import accounting
+from benchmarks.load import HEADERS
 from benchmarks.prefixed import Unpacker, pack
 
 OPEN_S = 30.0
@@ -295,24 +295,19 @@ class Cpu:
 def server_cpu(mark: str, loaded: int, idle: set[int]) -> Cpu:
     """CPU time so far of the cluster with that mark; replicas are given by process id."""
     found = {"replica": 0.0, "haproxy": 0.0, "ray": 0.0}
-    for process, used_s in _marked(mark):
+    for process in accounting.processes(mark):
+        try:
+            times, name = process.cpu_times(), process.name()
+        except psutil.Error:
+            continue
+        used_s = times.user + times.system
         if process.pid == loaded:
             found["replica"] += used_s
-        elif process.name() == "haproxy":
+        elif name == "haproxy":
             found["haproxy"] += used_s
         elif process.pid not in idle:
             found["ray"] += used_s
     return Cpu(**found)
-
-
-def _marked(mark: str) -> Iterator[tuple[psutil.Process, float]]:
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(CLUSTER_MARK) == mark:
-                times = process.cpu_times()
-                yield process, times.user + times.system
-        except (psutil.Error, OSError):
-            continue
 
 
 @dataclass(frozen=True, slots=True)
