@@ -111,6 +111,22 @@ def test_values_that_lie_over_each_other_are_not_remembered() -> None:
     assert not headers_known()
 
 
+def test_a_message_that_names_its_values_otherwise_does_not_teach_that() -> None:
+    """Two keys of the same padded length, so that values stand at the same places."""
+
+    def written(key: str, value: str) -> bytes:
+        metadata = {"datamix.protocol": "1", key: value}
+        return framing.frame(FEATURES, None, metadata)
+
+    good = written("datamix.request_id", "12345678")
+    other = written("datamix.deadline_ms", "12345678")
+    assert (len(good), good[4:8]) == (len(other), other[4:8])
+    truth = without_memory(good)
+    assert outcome(other)[0] is WireError  # no request id
+    for _ in range(3):  # learned beside the other, then read by what was learned
+        assert outcome(good) == truth
+
+
 def test_limits_hold_for_remembered_layouts_too() -> None:
     body = request()
     wire.decode_request(body)
@@ -128,6 +144,21 @@ def test_memory_is_bounded() -> None:
         wire.decode_request(wire.encode_request(features, **fields))
         most = max(most, headers_known())
     assert most == framing._MAX_LAYOUTS
+
+
+def test_a_stranger_cannot_make_every_message_a_search() -> None:
+    """Messages of one length, the id at another place in each, are all compared with a good one."""
+    for before in range(0, 200, 4):
+        for length in (16, 17, 18, 19):
+            fields = {
+                "a": "x" * before,
+                "datamix.request_id": "i" * length,
+                "b": "x" * (200 - before),
+            }
+            wire.decode_request(framing.frame(FEATURES, None, {"datamix.protocol": "1"} | fields))
+            (cuts,) = wire.requests._known.values()
+            assert len(cuts) <= framing._MAX_CUTS
+            assert wire.requests._layouts == headers_known() == sum(len(c.layouts) for c in cuts)
 
 
 def test_models_versions_and_blocks_are_remembered_side_by_side(
