@@ -33,6 +33,8 @@ SHAPES = {1: (2, 8, 8), 33: (64, 8, 8), 256: (64, 32, 16), 4096: (128, 64, 64)}
 # 4 instead of 64 halve mosec's CPU time and double its rate. (Ours closes a batch when the engine
 # is free, and this one always is.)
 BATCHES = {1: 64, 33: 64, 256: 64, 4096: 4}
+# With fewer answers a run says nothing about the cost of one.
+LEAST_MESSAGES = 30
 HEADERS = {"content-type": wire.MEDIA_TYPE, "x-request-disconnect-disabled": "?1"}
 PATHS = "ours,mosec,mosec:workers=2,triton,bentoml,litserve,default,ceiling"
 STREAM, POST = "ours, stream", "ours, HTTP POST"
@@ -184,7 +186,11 @@ def measure(
 
 
 def turn(arm: Arm, arms: list[Arm], message: bytes, connections: int, seconds: float) -> load.Load:
-    """Load one path while the peers that it does not concern stand still."""
+    """Load one path while the peers that it does not concern stand still.
+
+    Raises:
+        RuntimeError: an answer was bad, there were too few, or the server did not calm down.
+    """
     with contextlib.ExitStack() as stack:
         for other in arms:
             if other.peer and other.mark != arm.mark:
@@ -201,6 +207,10 @@ def turn(arm: Arm, arms: list[Arm], message: bytes, connections: int, seconds: f
             headers=process.headers(arm.path) if arm.peer else HEADERS,
         )
         settle(arm.mark)
+    if found.messages < LEAST_MESSAGES:
+        raise RuntimeError(
+            f"{found.messages} messages were answered in {seconds:g} s, expected {LEAST_MESSAGES}"
+        )
     return found
 
 

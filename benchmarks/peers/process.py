@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import tempfile
@@ -157,10 +156,10 @@ def _signal(processes: list[psutil.Process], number: int) -> None:
 
 def _stop(process: subprocess.Popen[bytes], mark: str) -> None:
     """End the peer and whatever it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
+    # The first process ends its own children; Triton removes its shared memory after that.
+    process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(5)
+        process.wait(20)
     left = accounting.processes(mark)
     _signal(left, signal.SIGKILL)
     psutil.wait_procs(left, timeout=5)
