@@ -74,7 +74,8 @@ class Backbone:
         self._started = self.clock()
         self._tasks = [loop.create_task(self._publish()), loop.create_task(self._follow())]
         if config.rotate_streams_within_s is not None:
-            hello = announce(peers or RayPeers(), config.rotate_streams_within_s)
+            peers = peers or RayPeers(self._replica)
+            hello = announce(peers, config.rotate_streams_within_s)
             self._tasks.append(loop.create_task(hello))
         if backend is None:
             # In a process of Ray's: a full collection would stop the event loop for 0.1 s to look
@@ -111,12 +112,15 @@ class Backbone:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def rotate_streams(self, share: float, within_s: float) -> int:
+    async def rotate_streams(self, share: float, within_s: float, asked_by: str = "") -> int:
         """Send a share of the devices elsewhere, oldest streams first: to replicas that are new.
 
         Ray's ``handle.broadcast("rotate_streams", share, within_s)`` calls it on every replica. It
-        returns at once; see :meth:`deployments.streams.Streams.rotate`.
+        returns at once; see :meth:`deployments.streams.Streams.rotate`. A replica that asks keeps
+        its own streams: they have come in since HAProxy knows it.
         """
+        if asked_by == self._replica:
+            return 0
         return self.streams.rotate(share, within_s)
 
     # --- what `datamix models` asks of every replica ---

@@ -24,7 +24,7 @@ class Peers(Protocol):
     """The replicas of this deployment."""
 
     async def rotate(self, within_s: float) -> None:
-        """Ask every replica to let go of all its streams within so many seconds."""
+        """Ask all others to let go of all their streams within so many seconds."""
         ...
 
 
@@ -38,15 +38,18 @@ class NoPeers:
 class RayPeers:
     """The replicas that Serve runs; only inside one of them."""
 
+    def __init__(self, replica: str) -> None:
+        """Ask in the name of this replica, which keeps its own streams."""
+        self._replica = replica
+
     async def rotate(self, within_s: float) -> None:
         """See :class:`Peers`."""
         from ray import serve
 
         context = serve.get_replica_context()
         handle = serve.get_deployment_handle(context.deployment, context.app_name)
-        answers = await handle.broadcast("rotate_streams", 1.0, within_s).results_async(
-            timeout_s=_BROADCAST_S, return_exceptions=True
-        )
+        asked = handle.broadcast("rotate_streams", 1.0, within_s, self._replica)
+        answers = await asked.results_async(timeout_s=_BROADCAST_S, return_exceptions=True)
         logger.info("%d replicas were asked to let go of their streams", len(answers))
 
 

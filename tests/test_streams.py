@@ -726,6 +726,8 @@ def test_clients_survive_rotations_without_a_failure_or_a_retry(loop: str) -> No
             busy = [asyncio.create_task(load(client, enough)) for client in some]
             traffic = cloud.backbone.traffic
             await until(lambda: traffic.open_streams == clients)
+            own = cloud.backbone.stats()["replica"]
+            assert await cloud.backbone.rotate_streams(1.0, 0.3, own) == 0
             assert await cloud.backbone.rotate_streams(1.0, 0.3) == clients
             await until(lambda: traffic.streams_closed["rotated"] == clients)
             await until(lambda: traffic.open_streams == clients)
