@@ -16,7 +16,7 @@ import numpy as np
 
 from datamix import wire
 from datamix.errors import DataMixError, NotFound, TooLarge, Unsupported, WireError
-from datamix.framing import Reader
+from datamix.unframing import Reader
 from deployments import oip
 from deployments.config import Config
 

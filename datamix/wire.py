@@ -8,7 +8,7 @@ One message is one complete Arrow IPC stream: a schema, exactly one record batch
     response  the same columns, the backbone's output per row, and timings as metadata
 
 Decoding copies nothing: the arrays of a decoded message are read-only views of its bytes. The bytes
-themselves are :mod:`datamix.framing`'s business.
+themselves are the business of :mod:`datamix.framing` and :mod:`datamix.unframing`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from datamix.errors import NonFinite, WireError
-from datamix.framing import DTYPE_OF, Array, Buffer, Reader, Template, Values, frame, template
+from datamix.framing import DTYPE_OF, Array, Buffer, Template, Values, frame, template
 from datamix.framing import DTYPES as DTYPES  # part of this module's interface
 from datamix.framing import Dtype as Dtype
+from datamix.unframing import Reader
 
 PROTOCOL = "1"
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"

@@ -5,9 +5,9 @@
     GET  /v2/models/{model}[/versions/{v}][/ready | /config]  metadata, readiness
     GET  /v2, /v2/health/live, /v2/health/ready, /v2/stats; POST /v2/repository/index
 
-A request is decoded and checked on the event loop, before it can enter a batch. Every fault has its
-row in the table of docs/wire.md and leaves the connection and all other requests untouched.
-Where the application has tokens, they are checked before anything else of a request is looked at.
+Every fault has its row in the table of docs/wire.md and leaves the connection and all other
+requests untouched. Where the application has tokens, they are checked before anything else of a
+request is looked at.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from datamix import wire
 from datamix.errors import (
     DataMixError,
-    NonFinite,
     NotAllowed,
     NotFound,
     TooLarge,
@@ -33,10 +32,10 @@ from datamix.errors import (
     WireError,
 )
 from deployments import oip
-from deployments.engine import Rows
+from deployments.admission import Admission, Route, encode, presentable
+from deployments.exchange import Exchange
 from deployments.model import ServedModel
-from deployments.streams import Stream
-from deployments.waiting import Computed, Job
+from deployments.waiting import Computed
 from deployments.websocket import EXTENSION, Messages
 
 if TYPE_CHECKING:
@@ -58,84 +57,12 @@ _ROUTE = re.compile(
 _OPEN = frozenset({"/v2/health/live", "/v2/health/ready"})
 
 
-class Route(NamedTuple):
-    """Where a path leads: a model, perhaps a version, and what to do with it."""
-
-    model: str
-    version: str | None
-    action: str
-
-
 class Answer(NamedTuple):
     """The body of a good HTTP answer, its content type and further headers."""
 
     body: bytes
     media: str
     extra: tuple[tuple[bytes, bytes], ...] = ()
-
-
-class Exchange:
-    """The requests of one stream, from message to batcher and back."""
-
-    def __init__(self, protocol: Protocol, route: Route, stream: Stream) -> None:
-        """Take the messages of ``stream``, which came in at ``route``."""
-        self._protocol = protocol
-        self._route = route
-        self._stream = stream
-        stream.messages.on_message = self.receive
-
-    def receive(self, body: bytes | None) -> None:
-        """Take one message."""
-        self._stream.enter()
-        protocol = self._protocol
-        model: ServedModel | None = None
-        try:
-            if body is None:
-                raise WireError("a text frame came on the stream, expected binary messages")
-            request = protocol.decode(body)
-            model = protocol.find(self._route, request)
-            waiting = StreamRequest(self, model, request)
-            job = waiting.job = protocol.admit(model, request, waiting.done)
-            self._stream.watch(job)
-        except Exception as error:
-            self._refuse(model, wire.peek_request_id(body or b""), _presentable(error))
-
-    def done(self, waiting: StreamRequest, outcome: Computed | DataMixError) -> None:
-        """Answer one request."""
-        self._stream.forget(waiting.job)
-        del waiting.job  # they hold each other: memory is freed at once where nothing goes round
-        model, request = waiting.model, waiting.request
-        parts = _encode(model, request, outcome)
-        if isinstance(parts, DataMixError):
-            self._refuse(model, request.request_id, parts)
-        else:
-            model.outcomes["ok"] += 1
-            self._protocol.traffic.sent_bytes += self._stream.answer(parts)
-
-    def _refuse(self, model: ServedModel | None, request_id: str, error: DataMixError) -> None:
-        self._protocol.count(model, error)
-        message = wire.encode_error(
-            request_id, error.status, str(error), retry_after_s=error.retry_after_s
-        )
-        self._protocol.traffic.sent_bytes += self._stream.answer([message])
-
-
-class StreamRequest:
-    """One request of a stream that waits for its batch."""
-
-    __slots__ = ("exchange", "job", "model", "request")
-
-    job: Job
-
-    def __init__(self, exchange: Exchange, model: ServedModel, request: wire.Request) -> None:
-        """Remember whom to answer."""
-        self.exchange = exchange
-        self.model = model
-        self.request = request
-
-    def done(self, outcome: Computed | DataMixError) -> None:
-        """Take what became of it; the batcher calls this on the event loop."""
-        self.exchange.done(self, outcome)
 
 
 class Protocol:
@@ -145,7 +72,7 @@ class Protocol:
         """Serve ``backbone``."""
         self._backbone = backbone
         self._limits = backbone.config
-        self.traffic = backbone.traffic
+        self._admission = Admission(backbone)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Dispatch one connection or request."""
@@ -189,9 +116,9 @@ class Protocol:
             else:
                 raise NotAllowed(f"method is {scope['method']}, expected GET or POST")
         except Exception as fault:
-            error = _presentable(fault)
+            error = presentable(fault)
             if scope["method"] == "POST" or isinstance(error, Unauthorized):
-                self.count(None, error)
+                self._admission.count(None, error)
             await _reply_error(send, error)
 
     async def _infer(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
@@ -199,12 +126,12 @@ class Protocol:
         try:
             body, media, extra = await self._answer(route, scope, receive)
         except Exception as fault:
-            error = _presentable(fault)
-            self.count(model, error)
+            error = presentable(fault)
+            self._admission.count(model, error)
             await _reply_error(send, error)
             return
-        self.count(model, body)
-        self.traffic.sent_bytes += len(body)
+        self._admission.count(model, body)
+        self._backbone.traffic.sent_bytes += len(body)
         await _reply(send, 200, media, body, extra=extra)
 
     async def _answer(self, route: Route, scope: Scope, receive: Receive) -> Answer:
@@ -222,9 +149,9 @@ class Protocol:
         )
 
     async def _answer_arrow(self, route: Route, body: bytes) -> Answer:
-        request = self.decode(body)
-        model = self.find(route, request)
-        parts = _encode(model, request, await self._compute(model, request))
+        request = self._admission.decode(body)
+        model = self._admission.find(route, request)
+        parts = encode(model, request, await self._compute(model, request))
         if isinstance(parts, DataMixError):
             raise parts
         return Answer(b"".join(parts), wire.MEDIA_TYPE)
@@ -234,10 +161,10 @@ class Protocol:
         if encoding.lower() not in ("", "identity"):
             raise Unsupported(f"content encoding is {encoding[:100]!r}, expected none")
         body = await self._body(scope, receive)
-        self.traffic.received_bytes += len(body)
+        self._backbone.traffic.received_bytes += len(body)
         length = _header(scope, oip.LENGTH_HEADER)
         request = oip.decode_request(body, length, max_rows=self._limits.max_request_rows)
-        model = self.find(route, request.wire)
+        model = self._admission.find(route, request.wire)
         computed = await self._compute(model, request.wire)
         answer = oip.encode_response(request, computed, model=model.name, version=model.version)
         if answer.json_length is None:
@@ -257,7 +184,7 @@ class Protocol:
             else:
                 answer.set_result(outcome)
 
-        job = self.admit(model, request, done)
+        job = self._admission.admit(model, request, done)
         try:
             return await answer
         finally:
@@ -332,12 +259,12 @@ class Protocol:
                 raise Unavailable("no replica takes streams at the moment, try again")
         except DataMixError as error:
             if isinstance(error, Unauthorized):
-                self.count(None, error)
+                self._admission.count(None, error)
             await _reply_error(send, error, kind="websocket.http.response")
             return
         streams = self._backbone.streams
         stream = streams.open(messages, token)
-        Exchange(self, route, stream)
+        Exchange(self._admission, route, stream)
         try:
             await send({"type": "websocket.accept"})
             await receive()  # websocket.disconnect; messages come by the other way
@@ -359,84 +286,6 @@ class Protocol:
         if match is None:
             raise NotFound(f"nothing is at {path[:200]!r}")
         return Route(match["model"], match["version"], match["action"] or "")
-
-    def find(self, route: Route, request: wire.Request) -> ServedModel:
-        """The model version that the path and the message name together."""
-        if request.model is not None and request.model != route.model:
-            raise NotFound(f"model of the message is {request.model!r}, expected {route.model!r}")
-        version = request.model_version
-        if version is None:
-            version = route.version
-        elif route.version is not None and version != route.version:
-            raise NotFound(f"version of the message is {version!r}, expected {route.version!r}")
-        return self._backbone.catalog.find(route.model, version)
-
-    def decode(self, body: bytes) -> wire.Request:
-        """Open one message."""
-        self.traffic.received_bytes += len(body)
-        return wire.decode_request(
-            body, max_bytes=self._limits.max_request_bytes, max_rows=self._limits.max_request_rows
-        )
-
-    def admit(
-        self,
-        model: ServedModel,
-        request: wire.Request,
-        done: Callable[[Computed | DataMixError], None],
-    ) -> Job:
-        """Check and queue one request, in whichever protocol it came."""
-        model.check(request)
-        deadline_s = request.deadline_s
-        job = Job(
-            block=request.block,
-            rows=Rows(request.features, request.scale),
-            done=done,
-            deadline=None if deadline_s is None else self._backbone.clock() + deadline_s,
-            priority=request.priority,
-        )
-        model.batcher.offer(job)
-        return job
-
-    def count(self, model: ServedModel | None, outcome: bytes | DataMixError) -> None:
-        """Count one answer, for its model where one was found."""
-        outcomes = self.traffic.astray if model is None else model.outcomes
-        outcomes[str(outcome.status) if isinstance(outcome, DataMixError) else "ok"] += 1
-
-
-def _encode(
-    model: ServedModel, request: wire.Request, outcome: Computed | DataMixError
-) -> list[Any] | DataMixError:
-    if isinstance(outcome, DataMixError):
-        return outcome
-    output, timing = outcome
-    try:
-        return wire.response_parts(
-            output,
-            dtype=request.dtype,
-            request_id=request.request_id,
-            model=model.name,
-            model_version=model.version,
-            block=request.block,
-            queue_s=timing.queue_s,
-            compute_s=timing.compute_s,
-            batch_rows=timing.batch_rows,
-            close_reason=timing.close_reason,
-        )
-    except NonFinite:
-        return NonFinite(f"the output of block {request.block} holds NaN or Inf")
-    except Exception as error:
-        return _presentable(error)
-
-
-def _presentable(error: Exception) -> DataMixError:
-    """The error as it may travel. What nobody foresaw keeps its text and traceback to itself.
-
-    They can hold values of the input, so the log gets the type only.
-    """
-    if isinstance(error, DataMixError):
-        return error
-    logger.error("request failed: %s", type(error).__name__)
-    return Unavailable("the replica failed on this request")
 
 
 def _header(scope: Scope, name: bytes) -> str:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamix import flat, framing, wire
+from datamix import flat, framing, unframing, wire
 from datamix.errors import DataMixError, TooLarge, WireError
 
 FEATURES = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
@@ -44,7 +44,7 @@ def outcome(body: bytes) -> Any:
 
 def without_memory(body: bytes) -> Any:
     kept = wire.requests
-    wire.requests = framing.Reader(kept._variables, kept._parse)
+    wire.requests = unframing.Reader(kept._variables, kept._parse)
     try:
         return outcome(body)
     finally:
@@ -138,12 +138,12 @@ def test_limits_hold_for_remembered_layouts_too() -> None:
 
 def test_memory_is_bounded() -> None:
     most = 0
-    for number in range(1, 3 * framing._MAX_LAYOUTS):
+    for number in range(1, 3 * unframing._MAX_LAYOUTS):
         features = np.zeros((1, 1 + number % 99), np.float32)
         fields: dict[str, Any] = {"model": f"m{number}", "request_id": "a" * (1 + number % 64)}
         wire.decode_request(wire.encode_request(features, **fields))
         most = max(most, headers_known())
-    assert most == framing._MAX_LAYOUTS
+    assert most == unframing._MAX_LAYOUTS
 
 
 def test_a_stranger_cannot_make_every_message_a_search() -> None:
@@ -157,7 +157,7 @@ def test_a_stranger_cannot_make_every_message_a_search() -> None:
             }
             wire.decode_request(framing.frame(FEATURES, None, {"datamix.protocol": "1"} | fields))
             (cuts,) = wire.requests._known.values()
-            assert len(cuts) <= framing._MAX_CUTS
+            assert len(cuts) <= unframing._MAX_CUTS
             assert wire.requests._layouts == headers_known() == sum(len(c.layouts) for c in cuts)
 
 
