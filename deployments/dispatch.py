@@ -3,7 +3,7 @@
 The batcher without its thread: decisions as steps, the clock passed in. With depth 1 a batch is
 closed when the engine is free. With depth 2 a second one is staged while the first is computed, but
 it is closed just in time: when the first has no more time left than the staging takes, or when it
-is full. Earlier would make it smaller and gain nothing.
+is full. Earlier would gain nothing, and what arrives meanwhile would wait for a whole batch more.
 
     close      lead: staged, copied        cost: computed         landed
       |---------------------------------|----------------------|

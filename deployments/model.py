@@ -13,6 +13,7 @@ from datamix import wire
 from datamix.errors import ConfigError, NotFound, TooLarge, WireError
 from deployments.batcher import Batcher
 from deployments.config import Config
+from deployments.cores import let_threads_sleep
 from deployments.engine import Block, Engine, Rows, parse_engine
 from deployments.engines import echo_engine, torch_engine
 from deployments.metrics import Backend, ModelRecorder
@@ -150,6 +151,7 @@ def load(config: Config, bundle: str | None) -> Loaded:
 
 def build_engine(config: Config, bundle: str | None) -> Loaded:
     """The model's engine, cold; see :func:`load`."""
+    let_threads_sleep()  # before anything loads torch
     text = parse_engine(config.engine)
     if bundle is None:
         assert config.echo_shape is not None  # Config holds this
