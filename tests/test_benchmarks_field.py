@@ -1,12 +1,16 @@
 """The side-by-side run measures the points it says, and its figures are ratios within rounds."""
 
+import contextlib
 import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from benchmarks import field, load
+from benchmarks import accounting, field, load
 from benchmarks.bare import bare_server
 from benchmarks.field import Arm, Point
 from benchmarks.peers import process
@@ -116,3 +120,40 @@ def test_every_peer_has_its_program_and_its_pin() -> None:
 def test_triton_is_told_that_the_body_is_the_tensor() -> None:
     assert "inference-header-content-length" in process.headers("triton:threads=2")
     assert process.headers("mosec") == {"content-type": wire.MEDIA_TYPE}
+
+
+def test_only_a_polling_peer_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[str] = []
+    still = Arm("litserve:fronts=1", "post", "http://h", "litserve:fronts=1", peer=True)
+
+    def frozen(mark: str) -> contextlib.AbstractContextManager[None]:
+        stopped.append(mark)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(process, "frozen", frozen)
+    monkeypatch.setattr(load, "run", lambda *_, **__: run(1000, replica=50.0))
+    monkeypatch.setattr(field, "settle", lambda arm: None)
+    for arm in (OURS, MOSEC, still):
+        field.turn(arm, [OURS, MOSEC, DEFAULT, still], b"", 1, 1.0)
+    assert stopped == [still.mark] * 2
+
+
+def test_too_few_answers_are_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "run", lambda *_, **__: run(29, replica=50.0))
+    monkeypatch.setattr(field, "settle", lambda arm: None)
+    with pytest.raises(RuntimeError, match="29 messages were answered in 1 s, expected 30"):
+        field.turn(OURS, [OURS], b"", 1, 1.0)
+
+
+def test_frozen_processes_stand_still_and_go_on() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", "input()"],
+        env=accounting.environment("freeze"),
+        stdin=subprocess.PIPE,
+    ) as child:
+        with process.frozen("freeze"):
+            status = psutil.Process(child.pid).status()
+            while status != psutil.STATUS_STOPPED:  # the signal takes a moment
+                status = psutil.Process(child.pid).status()
+        child.communicate(b"\n", timeout=30)
+    assert child.returncode == 0

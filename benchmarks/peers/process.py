@@ -29,6 +29,8 @@ PATHS = {
 }
 # What a peer must be told beside the body: Triton, that all of it is the tensor.
 HEADERS = {"triton": {"inference-header-content-length": "0"}}
+# Those that take CPU time when they have nothing to do: stopped while others have their turn.
+POLLING = {"litserve"}
 # Distributions that are not called like their peer.
 DISTRIBUTIONS = {"triton": "nvidia-pytriton"}
 
@@ -62,6 +64,11 @@ def versions(venv: Path) -> dict[str, str]:
     ).stdout
     found: dict[str, str] = json.loads(output)
     return found
+
+
+def polls(peer: str) -> bool:
+    """Whether ``peer`` takes CPU time when it has nothing to do."""
+    return peer.split(":")[0] in POLLING
 
 
 def headers(peer: str) -> dict[str, str]:
@@ -115,6 +122,8 @@ def start(
             yield url
         finally:
             _stop(process, peer)
+            for shared in Path("/dev/shm").glob(f"{Path(folder).name}*"):
+                shared.unlink()
 
 
 def _wait(

@@ -57,6 +57,8 @@ def main() -> None:
             "tritonserver",
             f"--model-repository={Path('models').absolute()}",
             f"--backend-directory={Path('backends').absolute()}",
+            # Named after the folder, so that none is left behind if the server has to be killed.
+            f"--backend-config=python,shm-region-prefix-name={Path.cwd().name}",
             "--http-address=127.0.0.1",
             f"--http-port={settings.port}",
             f"--http-thread-count={settings.threads}",
