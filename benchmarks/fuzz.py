@@ -142,8 +142,10 @@ class Watch:
         Allocators keep buffers of large messages for a while; what leaked stays in the floor.
         """
         total = self.samples[-1][0]
-        least = [rss for sent, rss in self.samples if share <= sent / total <= share + 0.1]
-        return min(least) / 2**20
+        shares = [(sent / total, rss) for sent, rss in self.samples]
+        within = [rss for at, rss in shares if share <= at <= share + 0.1]
+        nearest = min(shares, key=lambda sample: abs(sample[0] - share))[1]
+        return min(within, default=nearest) / 2**20
 
 
 def run(url: str, plan: Plan, total: int) -> tuple[Tally, Good, Watch, float]:
