@@ -110,9 +110,11 @@ class Stream(WSListener):
         """
         return await asyncio.wait_for(self._answers.get(), limit_s)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Leave."""
         self._transport.disconnect()
+        with contextlib.suppress(Exception):  # why the connection ended is of no interest now
+            await self._transport.wait_disconnected()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ async def stream_lane(
         except (TimeoutError, ConnectionError) as error:
             for one in waiting:
                 tally.found(one.mutant.kind, f"no answer: {error!r}", one.mutant.body)
-            stream.close()
+            await stream.close()
             stream = await Stream.open(url)
     await _farewell(stream, oracle, tally, chance)
 
@@ -183,7 +185,7 @@ async def _farewell(stream: Stream, oracle: Oracle, tally: Tally, chance: random
             tally.found("farewell", f"an answer too many, or the wrong one: {answer!r}")
     except TimeoutError:
         tally.found("farewell", "no answer")
-    stream.close()
+    await stream.close()
 
 
 # --- raw connections --------------------------------------------------------------------------
@@ -233,13 +235,13 @@ class Connection:
             (size,) = struct.unpack(">Q", await self.reader.readexactly(8))
         return first & 15, await self.reader.readexactly(size)
 
-    def abort(self) -> None:
-        """Reset the connection."""
-        self.writer.transport.abort()
-
-    def close(self) -> None:
-        """Close it."""
+    async def close(self, *, abort: bool = False) -> None:
+        """Close the connection, or reset it."""
+        if abort:
+            self.writer.transport.abort()
         self.writer.close()
+        with contextlib.suppress(OSError):
+            await self.writer.wait_closed()
 
 
 _GONE = (ConnectionError, asyncio.IncompleteReadError)
@@ -265,10 +267,10 @@ async def post_lane(
                     tally.found(named.kind, wrong, sent)
             except (TimeoutError, *_GONE) as error:
                 tally.found(named.kind, f"no answer: {error!r}", b"".join(raw[index:]))
-                peer.close()
+                await peer.close()
                 peer = await Connection.open(url)
                 break
-    peer.close()
+    await peer.close()
 
 
 async def rough_lane(url: str, count: int, tally: Tally, seed: str) -> None:
@@ -296,7 +298,7 @@ async def rough_lane(url: str, count: int, tally: Tally, seed: str) -> None:
         except ConnectionError:
             tally.statuses[kind, 0] += 1
         finally:
-            peer.abort()
+            await peer.close(abort=True)
 
 
 # --- broken WebSockets ------------------------------------------------------------------------
@@ -320,7 +322,7 @@ async def script_lane(url: str, count: int, oracle: Oracle, tally: Tally, seed: 
         except _GONE as error:
             wrong = "" if script.ending != "asks" else f"the connection was lost: {error!r}"
         finally:
-            peer.abort() if script.ending == "abort" else peer.close()
+            await peer.close(abort=script.ending == "abort")
         if wrong:
             tally.found(kind, wrong, b"".join(script.sent))
 

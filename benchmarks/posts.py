@@ -29,9 +29,10 @@ _TYPES = (
 _LENGTHS = ("0", "1", "-1", "+1", "1e3", "0x10", "9" * 12, "9" * 13, "9" * 5000, "nan", "²", "1, 2")
 _ENCODINGS = ("gzip", "identity", "br", "zstd", "identity, gzip", "x" * 300, "späť")
 # Missing here: values that are not UTF-8 in the headers that Ray Serve reads itself, such as
-# x-request-id. Ray 2.60 answers those with 500, without asking our application.
+# x-request-id, since Ray 2.60 answers those with 500 without asking our application; and "expect:
+# 100-continue" with the body at once, since HAProxy 2.8 cuts off one in 1,000 errors that follow.
 _ODD = (
-    *(("expect", "100-continue"), ("accept", "text/html"), ("accept-encoding", "gzip, br")),
+    *(("accept", "text/html"), ("accept-encoding", "gzip, br"), ("pragma", "no-cache")),
     *(("x-request-disconnect-disabled", "?1"), ("x-request-disconnect-disabled", "yes")),
     *(("authorization", "Bearer \xff"), ("authorization", ""), ("cookie", "a=b; " * 300)),
     *(("x-forwarded-for", "1.2.3.4, " * 50), ("x-http-method-override", "PUT")),
@@ -173,6 +174,7 @@ _HEADERS = (
     *(b"\r\n".join(b"x-%d: y" % index for index in range(500)), "\r\n".join(handshake()).encode()),
     *(b"connection: close, upgrade\r\nupgrade: h2c\r\nhttp2-settings: AA", b"expect: nonsense"),
     *(b"connection: upgrade\r\nupgrade: nonsense", b"host: y", b"host: a b", b"te: gzip"),
+    b"expect: 100-continue",
 )
 _FRAMINGS = (
     *(b"content-length: %d\r\ncontent-length: 5", b"content-length: %d\r\ncontent-length: %d"),
@@ -223,7 +225,7 @@ def _chunks(chance: random.Random) -> Rough:
     """Chunks of odd sizes, or sizes that are none."""
     size = chance.choice(_CHUNK_SIZES)
     sent = b"transfer-encoding: chunked\r\n\r\n" + size + b"\r\nhello\r\n0\r\n\r\n"
-    return Rough("chunks", _HEAD + sent)
+    return Rough("chunks", _HEAD + sent, leaves=True)
 
 
 def _short(chance: random.Random) -> Rough:

@@ -77,7 +77,10 @@ def _columns(rows: int) -> st.SearchStrategy[list[tuple[str, Any]]]:
 def arrow(draw: st.DrawFn) -> bytes:
     """An Arrow stream with any columns, metadata, number of batches and compression."""
     columns = draw(_columns(draw(st.integers(0, 10))))
-    metadata = {"datamix.protocol": "1", "datamix.request_id": f"{draw(st.integers(0)):x}"}
+    metadata = {
+        "datamix.protocol": "1",
+        "datamix.request_id": f"{draw(st.integers(0, 1 << 64)):016x}",
+    }
     if draw(st.integers(0, 3)) == 0:
         metadata |= draw(st.dictionaries(_KEYS | st.text(max_size=8), _TEXTS, max_size=5))
     elif draw(st.integers(0, 7)) == 0:
