@@ -17,6 +17,11 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
         "How many messages per second, and how much server CPU for each, with an idle backbone?",
         [("ratio_to_default_serve", ">=", 30.0)],
     ),
+    "field": (
+        "How does the data plane compare with other servers, over sizes of messages and numbers of "
+        "connections?",
+        [("stream_cpu_over_mosec", "<=", 1.0), ("stream_rate_over_best_peer", ">=", 1.0)],
+    ),
     "batching": (
         "Does the batcher keep up at 80% of an emulated engine's capacity, and how late is it?",
         [("throughput_share", ">=", 0.97), ("p99_steps", "<=", 3.0)],
