@@ -21,6 +21,11 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
         "How many messages per second, and how much server CPU for each, with an idle backbone?",
         [("ratio_to_default_serve", ">=", 30.0)],
     ),
+    "field": (
+        "How does the data plane compare with other servers, over sizes of messages and numbers of "
+        "connections?",
+        [("stream_cpu_over_mosec", "<=", 1.0), ("stream_rate_over_best_peer", ">=", 1.0)],
+    ),
     "transports": (
         "Which transport costs the least server CPU per message, from HAProxy to the replica?",
         [("cheapest_other_over_ours", ">=", 1.0)],
