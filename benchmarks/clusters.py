@@ -15,18 +15,25 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.load import CLUSTER_MARK
+from benchmarks import accounting
 
 
 @contextlib.contextmanager
 def start(name: str, **options: Any) -> Iterator[str]:
     """Start cluster ``ours`` or ``default``; yields its base URL; its mark is ``name``."""
+    with start_saying(name, **options) as said:
+        yield str(said["url"])
+
+
+@contextlib.contextmanager
+def start_saying(name: str, **options: Any) -> Iterator[dict[str, Any]]:
+    """Start a cluster, also ``transports``; yields all it says of itself; its mark is ``name``."""
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.clusters", name, json.dumps(options)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, CLUSTER_MARK: name},
+        env=accounting.environment(name),
         # Ctrl-C reaches the whole group; the cluster is told by its closing input instead.
         start_new_session=True,
     )
@@ -35,7 +42,7 @@ def start(name: str, **options: Any) -> Iterator[str]:
     try:
         for line in process.stdout:
             if line.startswith("{"):
-                yield str(json.loads(line)["url"])
+                yield json.loads(line)
                 return
         raise RuntimeError(f"cluster {name!r} did not start")
     finally:
@@ -47,8 +54,8 @@ def start(name: str, **options: Any) -> Iterator[str]:
             process.wait()
 
 
-def _serve_until_told(url: str) -> None:
-    print(json.dumps({"url": url}), flush=True)
+def _serve_until_told(url: str, **more: Any) -> None:
+    print(json.dumps({"url": url, **more}), flush=True)
     sys.stdin.read()
 
 
@@ -98,5 +105,23 @@ def _default(options: dict[str, Any]) -> None:
             ray.shutdown()
 
 
+def _transports(options: dict[str, Any]) -> None:
+    """The product's replica behind every transport, in HAProxy mode."""
+    from benchmarks import transports_app
+    from cluster.local import free_port, free_ports, local_ray, wait_ready
+    from deployments.config import Config
+
+    port, grpc_port, applications = free_port(), free_port(), options["applications"]
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(free_ports(100))
+        os.environ.update(transports_app.grpc_ports(first, 100))
+        stack.enter_context(local_ray(len(applications)))
+        transports_app.deploy(Config(**options["config"]), applications, port, grpc_port)
+        for name in applications:
+            wait_ready(f"http://127.0.0.1:{port}/{name}", 60)
+        _serve_until_told(f"http://127.0.0.1:{port}", grpc_port=grpc_port)
+
+
 if __name__ == "__main__":
-    {"ours": _ours, "default": _default}[sys.argv[1]](json.loads(sys.argv[2]))
+    start_one = {"ours": _ours, "default": _default, "transports": _transports}[sys.argv[1]]
+    start_one(json.loads(sys.argv[2]))

@@ -7,52 +7,17 @@ measured against a bare echo server that does nothing with the bytes.
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import uvloop
 
 from benchmarks import clusters, load, report
+from benchmarks.bare import bare_server
 from datamix import wire
 
 SHAPE = (64, 8, 8)
-
-
-async def _bare(port: Any) -> None:
-    from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_create_server
-
-    class Bare(WSListener):
-        def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
-            if frame.msg_type == WSMsgType.BINARY:
-                transport.send(WSMsgType.BINARY, frame.get_payload_as_bytes())
-
-    server = await ws_create_server(lambda request: Bare(), "127.0.0.1", 0)
-    port.value = server.sockets[0].getsockname()[1]
-    await server.serve_forever()
-
-
-def _bare_process(port: Any) -> None:
-    uvloop.run(_bare(port))
-
-
-@contextlib.contextmanager
-def bare_server() -> Iterator[str]:
-    """A WebSocket server in a process of its own that sends every message back at once."""
-    spawn = multiprocessing.get_context("spawn")
-    port = spawn.Value("i", 0)
-    process = spawn.Process(target=_bare_process, args=(port,), daemon=True)
-    process.start()
-    try:
-        while not port.value:
-            process.join(0.05)
-        yield f"ws://127.0.0.1:{port.value}/"
-    finally:
-        process.kill()
-        process.join()
 
 
 def main() -> None:
@@ -74,7 +39,7 @@ def main() -> None:
     with (
         clusters.start("ours", engine="null", echo_shape=SHAPE) as ours,
         clusters.start("default") as default,
-        bare_server() as bare,
+        bare_server("stream") as bare,
     ):
         stream = f"ws{ours.removeprefix('http')}/v2/models/echo/stream"
         unary = f"{ours}/v2/models/echo/infer"

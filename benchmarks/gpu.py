@@ -131,7 +131,7 @@ def main() -> None:
     index = int(options.device.partition(":")[2] or 0)
     rows, dtype, seconds = options.max_batch_rows, options.dtype, options.seconds
     table: list[dict[str, Any]] = []
-    figures: dict[str, float] = {}
+    figures: dict[str, Any] = {}
     for name in names:
         case = known[name]
         arms = {

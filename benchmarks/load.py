@@ -7,20 +7,29 @@ from send to answer and means little in a closed loop; the open-loop figures com
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
+import os
+import queue
 import time
-from collections.abc import Callable
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import chain
+from math import nan
+from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
-import psutil
+import numpy.typing as npt
 import uvloop
 from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
 
+from benchmarks import accounting
+from benchmarks.unary import Connection, build_request
+from datamix.limits import raise_descriptor_limit
+
 HEADERS = {"x-request-disconnect-disabled": "?1"}
-CLUSTER_MARK = "DATAMIX_BENCHMARK_CLUSTER"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +41,21 @@ class Load:
         seconds: the measured time.
         client_cpu_s: CPU time of all client processes in it.
         client_busiest: the busiest client process's share of one core.
-        server_cpu_s: CPU time of all server processes in it, or 0 where none were named.
+        server_parts_s: CPU time in it by kind of server process; empty where no server was named.
         bytes_each: bytes of one request.
+        p50_s: median latency in seconds. The loop is closed: it says how long the server's queue
+            of these clients is, not how it does under a given rate.
+        p99_s: 99th percentile.
     """
 
     messages: int
     seconds: float
     client_cpu_s: float
     client_busiest: float
-    server_cpu_s: float
+    server_parts_s: dict[str, float]
     bytes_each: int
+    p50_s: float
+    p99_s: float
 
     @property
     def rate(self) -> float:
@@ -50,8 +64,8 @@ class Load:
 
     @property
     def server_us(self) -> float:
-        """Server CPU time per message in microseconds."""
-        return self.server_cpu_s / max(1, self.messages) * 1e6
+        """Server CPU time per message in microseconds, over all server processes."""
+        return sum(self.server_parts_s.values()) / max(1, self.messages) * 1e6
 
     @property
     def client_us(self) -> float:
@@ -59,121 +73,139 @@ class Load:
         return self.client_cpu_s / max(1, self.messages) * 1e6
 
 
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What one client process is to do: see :func:`run`."""
+
+    kind: str
+    url: str
+    message: bytes
+    connections: int
+    depth: int
+    warm_s: float
+    run_s: float
+    least_bytes: int
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one client process saw; latencies_s is (messages,) float32."""
+
+    messages: int
+    seconds: float
+    cpu_s: float
+    latencies_s: npt.NDArray[np.float32]
+
+
+class _Client(Protocol):
+    """One connection that sends again as soon as it is answered."""
+
+    count: int
+    latencies_s: list[float]
+    fault: str | None
+
+    def begin(self) -> None:
+        """Send the first message."""
+
+
 class _Stream(WSListener):
     def __init__(self, message: bytes, depth: int, least_bytes: int) -> None:
         self.message, self.depth, self.least_bytes = message, depth, least_bytes
         self.count = 0
-        self.broken = False
+        self.latencies_s: list[float] = []
+        self.fault: str | None = None
+        # When the messages under way were sent; all are alike, so the oldest is answered first.
+        self.sent: deque[float] = deque()
 
     def on_ws_connected(self, transport: WSTransport) -> None:
         self.transport = transport
 
+    def on_ws_disconnected(self, transport: WSTransport) -> None:
+        self.fault = self.fault or "the stream was closed"
+
+    # A large message may fill the socket; the next one waits for an answer anyway.
+    def pause_writing(self) -> None: ...
+
+    def resume_writing(self) -> None: ...
+
     def begin(self) -> None:
         for _ in range(self.depth):
+            self.sent.append(time.monotonic())
             self.transport.send(WSMsgType.BINARY, self.message)
 
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
         if frame.msg_type == WSMsgType.BINARY and frame.fin:
             # An error is a few hundred bytes; an answer is about as large as its request.
             if frame.payload_size < self.least_bytes:
-                self.broken = True
+                self.fault = (
+                    f"an answer has {frame.payload_size} bytes, expected {self.least_bytes}"
+                )
             self.count += 1
+            now = time.monotonic()
+            self.latencies_s.append(now - self.sent.popleft())
+            self.sent.append(now)
             transport.send(WSMsgType.BINARY, self.message)
         elif frame.msg_type not in (WSMsgType.PING, WSMsgType.PONG):
-            self.broken = True
+            self.fault = f"a frame is of type {frame.msg_type}, expected one whole binary message"
             transport.disconnect()
 
 
-def _same(listener: _Stream) -> _Stream:
-    return listener
+def _same(client: Any) -> Any:
+    return client
 
 
-async def _streams(
-    url: str,
-    message: bytes,
-    streams: int,
-    depth: int,
-    warm_s: float,
-    run_s: float,
-    least_bytes: int,
-    barrier: Any,
-) -> tuple[int, float, float]:
-    listeners = [_Stream(message, depth, least_bytes) for _ in range(streams)]
-    for listener in listeners:
-        await ws_connect(partial(_same, listener), url, extra_headers=HEADERS)
+async def _connect(task: Task) -> list[_Client]:
+    """Open all connections of one process."""
+    clients: list[_Client] = []
+    request = build_request(task.url, task.message, task.headers)
+    parts = urlsplit(task.url)
+    host, port = str(parts.hostname), int(parts.port or 80)
+    for _ in range(task.connections):
+        if task.kind == "stream":
+            stream = _Stream(task.message, task.depth, task.least_bytes)
+            await ws_connect(partial(_same, stream), task.url, extra_headers=HEADERS)
+            clients.append(stream)
+        else:
+            connection = Connection(request, task.least_bytes)
+            await asyncio.get_running_loop().create_connection(
+                partial(_same, connection), host, port
+            )
+            clients.append(connection)
+    return clients
+
+
+async def _load(task: Task, barrier: Any) -> _Part:
+    clients = await _connect(task)
     await asyncio.to_thread(barrier.wait)
-    for listener in listeners:
-        listener.begin()
-    await asyncio.sleep(warm_s)
-    return await _measure(
-        lambda: sum(x.count for x in listeners), run_s, lambda: any(x.broken for x in listeners)
-    )
+    for client in clients:
+        client.begin()
+    await asyncio.sleep(task.warm_s)
+    # Thousands of first messages take a while to write: the server's clock starts with ours.
+    await asyncio.to_thread(barrier.wait)
+    for client in clients:
+        client.latencies_s.clear()
+    first, cpu, start = sum(c.count for c in clients), time.process_time(), time.monotonic()
+    await asyncio.sleep(task.run_s)
+    messages = sum(c.count for c in clients) - first
+    seconds, cpu_s = time.monotonic() - start, time.process_time() - cpu
+    if faults := [client.fault for client in clients if client.fault]:
+        raise RuntimeError(f"{len(faults)} connections failed, the first because {faults[0]}")
+    latencies_s = np.fromiter(chain.from_iterable(c.latencies_s for c in clients), np.float32)
+    return _Part(messages, seconds, cpu_s, latencies_s)
 
 
-async def _posts(
-    url: str,
-    message: bytes,
-    connections: int,
-    warm_s: float,
-    run_s: float,
-    headers: dict[str, str],
-    barrier: Any,
-) -> tuple[int, float, float]:
-    import aiohttp
-
-    count, broken = 0, False
-
-    async def one(session: aiohttp.ClientSession) -> None:
-        nonlocal count, broken
-        while True:
-            async with session.post(url, data=message, headers=headers) as reply:
-                body = await reply.read()
-                broken = broken or reply.status != 200 or len(body) < len(message) // 2
-                count += 1
-
-    connector = aiohttp.TCPConnector(limit=connections)
-    async with aiohttp.ClientSession(connector=connector) as session:
-        await asyncio.to_thread(barrier.wait)
-        tasks = [asyncio.create_task(one(session)) for _ in range(connections)]
-        await asyncio.sleep(warm_s)
-        result = await _measure(lambda: count, run_s, lambda: broken)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    return result
-
-
-async def _measure(
-    count: Callable[[], int], run_s: float, broken: Callable[[], bool]
-) -> tuple[int, float, float]:
-    first, cpu, start = count(), time.process_time(), time.monotonic()
-    await asyncio.sleep(run_s)
-    messages, elapsed = count() - first, time.monotonic() - start
-    if broken():
-        raise RuntimeError("an answer was an error or too short: the figures would mean nothing")
-    return messages, elapsed, time.process_time() - cpu
-
-
-def _process(kind: str, arguments: tuple[Any, ...], results: Any, barrier: Any) -> None:
-    work: Any = _streams if kind == "stream" else _posts
+def _process(task: Task, results: Any, barrier: Any) -> None:
+    raise_descriptor_limit()
     try:
-        results.put(uvloop.run(work(*arguments, barrier=barrier)))
+        results.put(uvloop.run(_load(task, barrier)))
     except Exception as error:
         results.put(repr(error))
         barrier.abort()
-
-
-def server_cpu_s(mark: str) -> float:
-    """CPU time so far of every process whose environment carries the cluster's mark."""
-    total = 0.0
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(CLUSTER_MARK) == mark:
-                times = process.cpu_times()
-                total += times.user + times.system
-        except (psutil.Error, OSError):
-            continue
-    return total
+    results.close()
+    results.join_thread()
+    # A server that is slow to close must not keep the process.
+    os._exit(0)
 
 
 def run(
@@ -197,45 +229,38 @@ def run(
         url: the endpoint itself.
         message: one encoded request, sent again and again.
         connections: over all processes.
-        depth: messages under way per stream.
+        depth: messages under way per stream; a post has one.
         processes: client processes.
         warm_s: not measured, in seconds.
         run_s: measured, in seconds.
-        mark: the cluster whose server processes are to be counted.
+        mark: the server whose processes are to be counted.
         headers: for ``post``.
         least_share: the least an answer must have of the request's size; less is an error.
     """
     spawn = multiprocessing.get_context("spawn")
     results, barrier = spawn.Queue(), spawn.Barrier(processes + 1)
-    each = connections // processes
-    arguments: tuple[Any, ...] = (
-        url,
-        message,
-        each,
-        depth,
-        warm_s,
-        run_s,
-        int(least_share * len(message)),
-    )
-    if kind == "post":
-        arguments = (url, message, each, warm_s, run_s, headers or {})
+    task = Task(
+        kind, url, message, connections // processes, depth, warm_s, run_s,
+        int(least_share * len(message)), headers or {},
+    )  # fmt: skip
     workers = [
-        spawn.Process(target=_process, args=(kind, arguments, results, barrier), daemon=True)
+        spawn.Process(target=_process, args=(task, results, barrier), daemon=True)
         for _ in range(processes)
     ]
     for worker in workers:
         worker.start()
     try:
-        barrier.wait(60)
-        time.sleep(warm_s)
-        before = server_cpu_s(mark) if mark else 0.0
+        barrier.wait(120)
+        barrier.wait(120 + warm_s)
+        before = accounting.snapshot(mark) if mark else {}
         time.sleep(run_s)
-        after = server_cpu_s(mark) if mark else 0.0
+        after = accounting.snapshot(mark) if mark else {}
         parts = [results.get(timeout=60) for _ in workers]
     except Exception as error:
         failures = []
-        while not results.empty():
-            failures.append(results.get())
+        with contextlib.suppress(queue.Empty):
+            while True:
+                failures.append(results.get(timeout=1))
         raise RuntimeError(f"clients failed: {failures or error!r}") from error
     finally:
         for worker in workers:
@@ -244,13 +269,17 @@ def run(
                 worker.kill()
     if failures := [part for part in parts if isinstance(part, str)]:
         raise RuntimeError(f"clients failed: {failures}")
+    latencies_s = np.concatenate([part.latencies_s for part in parts])
+    p50_s, p99_s = np.quantile(latencies_s, (0.5, 0.99)) if len(latencies_s) else (nan, nan)
     return Load(
-        messages=sum(p[0] for p in parts),
-        seconds=max(p[1] for p in parts),
-        client_cpu_s=sum(p[2] for p in parts),
-        client_busiest=max(p[2] / p[1] for p in parts),
-        server_cpu_s=after - before,
+        messages=sum(p.messages for p in parts),
+        seconds=max(p.seconds for p in parts),
+        client_cpu_s=sum(p.cpu_s for p in parts),
+        client_busiest=max(p.cpu_s / p.seconds for p in parts),
+        server_parts_s=accounting.spent_s(before, after),
         bytes_each=len(message),
+        p50_s=float(p50_s),
+        p99_s=float(p99_s),
     )
 
 

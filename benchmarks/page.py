@@ -1,15 +1,19 @@
 """Write docs/benchmarks.md from the results in docs/benchmarks/*.json: figures, targets, commands.
 
+The table of docs/decisions/0007-transports.md comes from there too.
+
 python -m benchmarks.page
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+TRANSPORTS = DOCS / "decisions/0007-transports.md"  # keeps a result's table
 
 # Result file -> the question, and the target of each figure: (figure, comparison, bound).
 QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
@@ -17,9 +21,31 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
         "How many messages per second, and how much server CPU for each, with an idle backbone?",
         [("ratio_to_default_serve", ">=", 30.0)],
     ),
+    "field": (
+        "How does the data plane compare with other servers, over sizes of messages and numbers of "
+        "connections?",
+        [("stream_cpu_over_mosec", "<=", 1.0), ("stream_rate_over_best_peer", ">=", 1.0)],
+    ),
+    "transports": (
+        "Which transport costs the least server CPU per message, from HAProxy to the replica?",
+        [("cheapest_other_over_ours", ">=", 1.0)],
+    ),
     "batching": (
         "Does the batcher keep up at 80% of an emulated engine's capacity, and how late is it?",
         [("throughput_share", ">=", 0.97), ("p99_steps", "<=", 3.0)],
+    ),
+    "overload": (
+        "How late is an answer, from 10% to 150% of capacity, and what is left of goodput at three "
+        "times the capacity?",
+        [
+            ("p99_steps_at_80", "<=", 2.5),
+            ("goodput_3x_over_saturation", ">=", 0.95),
+            ("runs_limited_by_the_clients", "<=", 0.0),
+        ],
+    ),
+    "added_latency": (
+        "How much later is an answer than the bare forward, when nobody else asks?",
+        [("added_p50_ms_null_engine", "<=", 1.0), ("added_p50_ms_block", "<=", 1.0)],
     ),
     "saturation": (
         "How much of the engine's bare speed is served, clients on the same two cores?",
@@ -47,6 +73,18 @@ def cell(value: Any) -> str:
     return str(value)
 
 
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows as the lines of a Markdown table."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return lines + ["| " + " | ".join(map(cell, row.values())) + " |" for row in rows]
+
+
+def decision(text: str, result: dict[str, Any]) -> str:
+    """The page of a decision with its first table replaced by the result's."""
+    before, _, after = re.split(r"((?:^\|.*\n)+)", text, maxsplit=1, flags=re.MULTILINE)
+    return before + "\n".join(table(result["rows"])) + "\n" + after
+
+
 def section(name: str, result: dict[str, Any]) -> str:
     """One result as Markdown."""
     question, targets = QUESTIONS[name]
@@ -60,9 +98,7 @@ def section(name: str, result: dict[str, Any]) -> str:
             verdict = "met" if meets(value, comparison, bound) else "**missed**"
             target = f"{comparison} {bound:g}: {verdict}"
         lines.append(f"| `{figure}` | {cell(value)} | {target} |")
-    lines += ["", f"{result['title']}:", "", "| " + " | ".join(rows[0]) + " |"]
-    lines.append("|" + "---|" * len(rows[0]))
-    lines += ["| " + " | ".join(cell(value) for value in row.values()) + " |" for row in rows]
+    lines += ["", f"{result['title']}:", "", *table(rows)]
     lines += ["", *(f"- {note}" for note in result["notes"])]
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     lines += [
@@ -83,4 +119,9 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    TRANSPORTS.write_text(
+        decision(
+            TRANSPORTS.read_text(), json.loads((DOCS / "benchmarks/transports.json").read_text())
+        )
+    )
     (DOCS / "benchmarks.md").write_text(page())

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,18 @@ def environment() -> dict[str, Any]:
 
 
 def show(
-    title: str, rows: list[dict[str, Any]], notes: list[str], path: Path | None, **figures: Any
+    title: str,
+    rows: list[dict[str, Any]],
+    notes: list[str],
+    path: Path | None,
+    *,
+    packages: Mapping[str, str] | None = None,
+    **figures: Any,
 ) -> None:
-    """Print one table, and write figures, rows and environment as JSON where asked to."""
+    """Print one table, and write figures, rows and environment as JSON where asked to.
+
+    ``packages`` are releases that took part from another environment than this one.
+    """
     table = Table(title=title)
     for column in rows[0]:
         table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
@@ -91,12 +101,14 @@ def show(
     for note in notes:
         console.print(f"note: {note}")
     if path is not None:
+        measured_on = environment()
+        measured_on["packages"] |= packages or {}
         result = {
             "title": title,
             "figures": figures,
             "rows": rows,
             "notes": notes,
-            "environment": environment(),
+            "environment": measured_on,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")

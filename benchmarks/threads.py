@@ -95,7 +95,7 @@ def main() -> None:
         key: statistics.geometric_mean([run[str(size)] for run in runs for size in SIZES])
         for key, runs in found.items()
     }
-    figures = {}
+    figures: dict[str, Any] = {}
     if cores > 1:
         for neighbours in (0, 1, cores):
             sleeping = medians[neighbours, cores, "sleep"]

@@ -9,6 +9,7 @@ Exit codes: 0 done; 1 failed, with one sentence on stderr; 2 wrong usage or sett
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cluster.models_cli import app as models
 from datamix.errors import ConfigError, DataMixError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(models, name="models")
 
 
 # What pyproject.toml's extras bring that a command may miss.
@@ -45,6 +48,23 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         print(version("datamix-cluster"))
         raise typer.Exit
+
+
+# Not the token itself: every user of the machine sees the arguments of its processes.
+TokenFile = Annotated[
+    Path | None, typer.Option(help="File with the bearer token; else $DATAMIX_TOKEN, or none.")
+]
+CaFile = Annotated[
+    Path | None, typer.Option(help="PEM file of the authorities to trust; else this machine's.")
+]
+
+
+def _token(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get("DATAMIX_TOKEN") or None
+    from datamix.tokens import read_token
+
+    return read_token(file)
 
 
 @app.callback()
@@ -98,7 +118,10 @@ def demo(
 
 @app.command()
 def serve(
-    bundle: Annotated[str | None, typer.Option(help="Folder or URI of the bundle.")] = None,
+    bundle: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder or URI of a bundle; several may be given."),
+    ] = None,
     port: Annotated[int, typer.Option(help="The front door's port.")] = 8000,
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster: auto or host:port; else our own.")
@@ -120,19 +143,20 @@ def serve(
     ] = "float32",
     threads: Annotated[int | None, typer.Option(help="CPU threads of one forward.")] = None,
     max_batch_rows: Annotated[int, typer.Option(help="Rows in a batch at most.")] = 256,
+    tokens_file: Annotated[
+        Path | None, typer.Option(help="File of the bearer tokens to let in; else anybody.")
+    ] = None,
     replicas: Annotated[int, typer.Option(help="Replicas of the backbone.")] = 1,
 ) -> None:
     """Serve a bundle's backbone in the foreground; Ctrl-C takes everything down."""
+    from cluster.local import absolute
     from cluster.serve import serve as run
 
-    # Replicas run in a folder of their own.
-    if bundle is not None and Path(bundle).exists():
-        bundle = str(Path(bundle).resolve())
-    kind, _, path = engine.partition(":")
-    if kind == "emulated" and Path(path).is_file():
-        engine = f"{kind}:{Path(path).resolve()}"
+    kind, _, profile = engine.partition(":")
+    if kind == "emulated" and Path(profile).is_file():
+        engine = f"{kind}:{Path(profile).resolve()}"  # replicas run in a folder of their own
     config = _config(
-        bundle=bundle,
+        bundle=tuple(map(absolute, bundle or ())) or None,
         engine=engine,
         echo_shape=echo_shape.split(",") if echo_shape else None,
         device=device,
@@ -140,6 +164,7 @@ def serve(
         threads=threads,
         max_batch_rows=max_batch_rows,
         max_request_rows=min(128, max_batch_rows),
+        tokens_file=None if tokens_file is None else str(tokens_file.absolute()),
     )
     run(config, port=port, replicas=replicas, address=address)
 
@@ -203,6 +228,8 @@ def infer(
     url: Annotated[str, typer.Option(help="Base URL of the cloud, http://host:port.")],
     bundle: Annotated[str, typer.Option(help="Folder or URI of the bundle.")],
     timeout: Annotated[float, typer.Option(help="Seconds until an inference has failed.")] = 30,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write classes and outputs to this file.")
     ] = None,
@@ -214,7 +241,10 @@ def infer(
 
     device = TorchDevice(bundle)
     names, inputs = read_inputs(files, device.manifest.preprocessing.input_shape)
-    with SyncClient(url, device, config=ClientConfig(timeout_s=timeout)) as client:
+    patience = ClientConfig(timeout_s=timeout)
+    with SyncClient(
+        url, device, token=_token(token_file), ca_file=ca_file, config=patience
+    ) as client:
         outputs = client.infer(inputs)
     classes = [device.manifest.class_names[i] for i in outputs.argmax(axis=1)]
     for name, found in zip(names, classes, strict=True):
@@ -313,7 +343,8 @@ def simulate(
     verify: Annotated[bool, typer.Option(help="Compare every answer with the local one.")] = True,
     timeout: Annotated[float, typer.Option(help="Seconds until an inference has failed.")] = 10,
     rows: Annotated[int, typer.Option(help="Rows per message of the echo workload.")] = 4,
-    token: Annotated[str | None, typer.Option(envvar="DATAMIX_TOKEN", help="Bearer token.")] = None,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file.")
     ] = None,
@@ -339,9 +370,20 @@ def simulate(
         verify=verify,
         timeout_s=timeout,
         rows=rows,
-        token=token,
+        token=_token(token_file),
+        ca_file=None if ca_file is None else str(ca_file),
     )
     raise typer.Exit(run(config, json_path, html_path))
+
+
+@app.command()
+def token(
+    file: Annotated[Path, typer.Argument(help="New file for the token, for its owner only.")],
+) -> None:
+    """Draw a bearer token for a device; prints the line for the cloud's file of tokens."""
+    from datamix.tokens import write_token
+
+    print(write_token(file))
 
 
 @app.command()
@@ -350,6 +392,7 @@ def doctor(
     url: Annotated[str | None, typer.Option(help="Check this running cloud, not ports.")] = None,
     devices: Annotated[int, typer.Option(help="Devices to be connected at once.")] = 2000,
     port: Annotated[int, typer.Option(help="Where datamix serve shall listen.")] = 8000,
+    ca_file: CaFile = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write what was found to this file.")
     ] = None,
@@ -359,7 +402,8 @@ def doctor(
 
     from cluster.doctor import diagnose, healthy, show, write_json
 
-    checks = diagnose(bundle=bundle, url=url, devices=devices, port=port)
+    authorities = None if ca_file is None else str(ca_file)
+    checks = diagnose(bundle=bundle, url=url, devices=devices, port=port, ca_file=authorities)
     show(checks, Console())
     if json_path is not None:
         write_json(checks, json_path)

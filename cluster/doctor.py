@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import urllib.error
@@ -22,6 +23,7 @@ from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +33,7 @@ from cluster.local import max_streams
 from datamix.bundle import load_backbone, load_device
 from datamix.errors import BundleError, ConfigError
 from datamix.limits import hard_descriptor_limit
+from edge.access import Access
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -68,7 +71,12 @@ class Check:
 
 
 def diagnose(
-    *, bundle: str | None = None, url: str | None = None, devices: int = 2000, port: int = 8000
+    *,
+    bundle: str | None = None,
+    url: str | None = None,
+    devices: int = 2000,
+    port: int = 8000,
+    ca_file: str | None = None,
 ) -> list[Check]:
     """Run the checks that apply: with ``url`` those of a running cloud, else of free ports.
 
@@ -77,9 +85,10 @@ def diagnose(
         url: base URL of a running cloud, if any.
         devices: how many devices shall be connected at once.
         port: where ``datamix serve`` shall listen.
+        ca_file: PEM file of the authorities that may vouch for an ``https`` cloud.
 
     Raises:
-        ConfigError: ``devices`` or ``port`` makes no sense, or the URL is none.
+        ConfigError: ``devices`` or ``port`` makes no sense, or the URL or ``ca_file`` is none.
     """
     if devices < 1:
         raise ConfigError(f"devices is {devices}, expected at least 1")
@@ -95,7 +104,7 @@ def diagnose(
         checks.append(check_mode(os.environ))
         checks += [check_port(number, owner) for number, owner in serve_ports(port, os.environ)]
     else:
-        checks += check_cloud(url)
+        checks += check_cloud(url, Access(ca_file=ca_file).context(url))
     if bundle is not None:
         checks.append(check_bundle(bundle))
     return checks
@@ -277,8 +286,10 @@ def check_bundle(bundle: str) -> Check:
     return Check("bundle", "ok", f"{found}; hashes verified")
 
 
-def check_cloud(url: str, timeout_s: float = 5.0) -> list[Check]:
-    """A running cloud answers, and HAProxy is really what stands in front of it.
+def check_cloud(
+    url: str, context: ssl.SSLContext | None = None, timeout_s: float = 5.0
+) -> list[Check]:
+    """A running cloud answers, HAProxy is really what stands in front, and not everybody gets in.
 
     Raises:
         ConfigError: ``url`` is no HTTP URL.
@@ -286,11 +297,11 @@ def check_cloud(url: str, timeout_s: float = 5.0) -> list[Check]:
     if not re.match(r"https?://[^/]+", url):
         raise ConfigError(f"url is {url!r}, expected http://host:port")
     base = url.rstrip("/")
-    status, server = _get(f"{base}/-/healthz", timeout_s)
+    status, server = _get(f"{base}/-/healthz", timeout_s, context)
     if status is None:
         fix = "start one with datamix serve, or check the URL and the network"
         return [Check("cloud", "fail", f"{base}: {server}", fix)]
-    ready, _ = _get(f"{base}/v2/health/ready", timeout_s)
+    ready, _ = _get(f"{base}/v2/health/ready", timeout_s, context)
     if ready == 200:
         checks = [Check("cloud", "ok", f"{base} is ready")]
     else:
@@ -305,13 +316,39 @@ def check_cloud(url: str, timeout_s: float = 5.0) -> list[Check]:
         checks.append(Check("HAProxy in front", "warn", f"/-/healthz answered {status}", fix))
     else:
         checks.append(Check("HAProxy in front", "ok", "it answers /-/healthz"))
-    return checks
+    without_token, _ = _get(f"{base}/v2", timeout_s, context)
+    return [*checks, *check_entrance(base, without_token)]
 
 
-def _get(url: str, timeout_s: float) -> tuple[int | None, str]:
+def check_entrance(url: str, without_token: int | None) -> Iterable[Check]:
+    """A cloud that others can reach asks for tokens and speaks TLS; nothing of a loopback address.
+
+    Args:
+        url: where the cloud is.
+        without_token: how it answered somebody who has none.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if host in ("localhost", "::1") or host.startswith("127."):
+        return
+    if without_token == 200:
+        fix = "give it a tokens_file (docs/security.md)"
+        yield Check("tokens", "warn", "it answers whoever asks", fix)
+    elif without_token == 401:
+        yield Check("tokens", "ok", "it answers nobody without one")
+    if parts.scheme == "https":
+        yield Check("TLS", "ok", "the certificate is trusted")
+    else:
+        fix = (
+            "put TLS in front of it (docs/security.md); mixtures and tokens can be read on the way"
+        )
+        yield Check("TLS", "warn", "plain HTTP", fix)
+
+
+def _get(url: str, timeout_s: float, context: ssl.SSLContext | None) -> tuple[int | None, str]:
     """Status and ``Server`` header of a GET; None and the reason where nobody answers."""
     try:
-        with urllib.request.urlopen(url, timeout=timeout_s) as answer:
+        with urllib.request.urlopen(url, timeout=timeout_s, context=context) as answer:
             return answer.status, answer.headers.get("server", "")
     except urllib.error.HTTPError as error:
         with error:

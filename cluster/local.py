@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import logging
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from deployments.config import Config
 
 APPLICATION = "datamix"
+_PORTS = 100  # for replicas
 
 # Read by Ray when it is imported, and by every process it starts: all of this must stand in the
 # environment before. On a real cluster the first two stand in cluster.yaml.
@@ -67,6 +69,11 @@ class LocalCluster:
     port: int
 
 
+def absolute(bundle: str) -> str:
+    """A local folder as an absolute path, since replicas run in a folder of their own."""
+    return str(Path(bundle).resolve()) if Path(bundle).exists() else bundle
+
+
 def free_port() -> int:
     """A TCP port of the loopback interface that nobody listens on right now."""
     with socket.socket() as probe:
@@ -91,21 +98,27 @@ def check_port(port: int) -> None:
             ) from error
 
 
-def _free_range(size: int) -> int:
-    """Start of ``size`` ports in a row that are free now, below the ephemeral range.
+@contextlib.contextmanager
+def free_ports(size: int) -> Iterator[int]:
+    """Start of ``size`` ports in a row that are ours until the end, below the ephemeral range.
 
-    Drawn at random: two clusters that start at the same moment must not take the same range, or
-    one's HAProxy would find the other's replicas on the ports it expects its own on.
+    A replica that dies leaves its port free for a moment. Another cluster on this machine that took
+    it would be sent our devices' requests by our HAProxy, so each range is locked by its cluster.
     """
     starts = list(range(20000, 32000, size))
     random.SystemRandom().shuffle(starts)
     for start in starts:
-        try:
-            for port in (start, start + size // 2, start + size - 1):
-                check_port(port)
-        except ConfigError:
-            continue
-        return start
+        with contextlib.ExitStack() as held:
+            try:
+                path = Path(tempfile.gettempdir()) / f"datamix-ports-{start}"
+                lock = held.enter_context(open(path, "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for port in range(start, start + size):
+                    check_port(port)
+            except (ConfigError, OSError):  # taken, or locked by another cluster or user
+                continue
+            yield start
+            return
     raise ConfigError("found no free range of ports between 20000 and 32000 for the replicas")
 
 
@@ -118,20 +131,22 @@ def max_streams(descriptors: int) -> int:
     return int((descriptors - 200) / 2.5)
 
 
-def _set_environment(folder: Path, descriptors: int) -> None:
+def _set_environment(folder: Path, descriptors: int, replica_ports: int) -> None:
     if "ray" in sys.modules and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
         raise ConfigError(
             "Ray was imported before RAY_SERVE_ENABLE_HA_PROXY=1 was set, so it would start "
             "without HAProxy; import it later or set the variable first"
         )
-    replica_ports = _free_range(100)
     own = {
         "RAY_SERVE_HAPROXY_MAXCONN": str(min(50_000, max_streams(descriptors))),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, (os.cpu_count() or 1) // 2)),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        # Where HAProxy turns while no replica is up: another cluster's would answer for ours.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_ports),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_ports + 99),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_ports + _PORTS - 1),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
@@ -190,10 +205,33 @@ def local_cluster(
         port = free_port()
     else:
         check_port(port)
+    with local_ray(replicas, say=say) as address:
+        say("deploying the backbone")
+        url = deploy(config, port=port, replicas=replicas)
+        yield LocalCluster(url, address, port)
+
+
+@contextlib.contextmanager
+def local_ray(
+    replicas: int = 1, *, say: Callable[[str], None] = lambda line: None
+) -> Iterator[str]:
+    """Start Ray on this machine, ready for Serve in HAProxy mode; take both down in the end.
+
+    Args:
+        replicas: how many replicas will have to fit.
+        say: called with one line of progress before each step.
+
+    Yields:
+        Ray's own address.
+
+    Raises:
+        ConfigError: Ray was imported too early.
+    """
     # Short, because unix socket paths end at 107 characters; Ray and HAProxy add long names.
     folder = Path(tempfile.mkdtemp(prefix="dmx-"))
+    held = contextlib.ExitStack()
     try:
-        _set_environment(folder, raise_descriptor_limit())
+        _set_environment(folder, raise_descriptor_limit(), held.enter_context(free_ports(_PORTS)))
         import ray
         from ray import serve
 
@@ -212,9 +250,7 @@ def local_cluster(
                     configure_logging=False,
                     _temp_dir=str(folder),
                 )
-            say("deploying the backbone")
-            url = deploy(config, port=port, replicas=replicas)
-            yield LocalCluster(url, ray.get_runtime_context().gcs_address, port)
+            yield ray.get_runtime_context().gcs_address
         finally:
             say("taking the cluster down")
             if ray.is_initialized():
@@ -226,6 +262,7 @@ def local_cluster(
                     finally:
                         ray.shutdown()
     finally:
+        held.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -7,12 +7,15 @@ import logging
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 from cluster.local import APPLICATION, deploy, local_cluster
 from datamix.errors import ConfigError, Unavailable
 from deployments.config import Config
+from deployments.store import RayStore
+from deployments.tokens import Tokens
 
 
 def serve(config: Config, *, port: int, replicas: int = 1, address: str | None = None) -> None:
@@ -25,13 +28,17 @@ def serve(config: Config, *, port: int, replicas: int = 1, address: str | None =
         address: a running Ray cluster (``auto`` or ``host:port``); None for one of our own.
 
     Raises:
-        ConfigError: the port is taken.
+        ConfigError: the port is taken, or the file of tokens cannot be used.
         Unavailable: the cluster cannot be reached, or the application did not come up.
     """
     with contextlib.ExitStack() as stack:
         if address is None:
+            if config.tokens_file is not None:
+                Tokens(config.tokens_file, time.monotonic)  # says what is wrong before Ray starts
             cluster = local_cluster(config, port=port, replicas=replicas, say=_say)
-            url = stack.enter_context(cluster).url
+            running = stack.enter_context(cluster)
+            url = running.url
+            print(f"datamix models --address {running.address}", flush=True)
         else:
             url = stack.enter_context(_on_cluster(config, address, port, replicas))
         print(f"serving at {url}, Ctrl-C ends it", flush=True)
@@ -57,6 +64,8 @@ def _on_cluster(config: Config, address: str, port: int, replicas: int) -> Itera
     try:
         if APPLICATION in ray_serve.status().applications:
             raise ConfigError(f"application {APPLICATION!r} runs on {address!r} already")
+        # A table of models that an application of the same name left behind is not ours.
+        RayStore(APPLICATION).write(None)
         try:
             # All interfaces: on a cluster HAProxy of every node is a front door.
             yield deploy(config, port=port, replicas=replicas, host="0.0.0.0")

@@ -8,24 +8,25 @@ One message is one complete Arrow IPC stream: a schema, exactly one record batch
     response  the same columns, the backbone's output per row, and timings as metadata
 
 Decoding copies nothing: the arrays of a decoded message are read-only views of its bytes. The bytes
-themselves are :mod:`datamix.framing`'s business.
+themselves are the business of :mod:`datamix.framing` and :mod:`datamix.unframing`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from datamix.errors import NonFinite, WireError
-from datamix.framing import DTYPE_OF, Array, Buffer, frame, unframe
+from datamix.framing import DTYPE_OF, Array, Buffer, Template, Values, frame, template
 from datamix.framing import DTYPES as DTYPES  # part of this module's interface
 from datamix.framing import Dtype as Dtype
+from datamix.unframing import Reader
 
 PROTOCOL = "1"
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
@@ -40,8 +41,7 @@ _INFINITY = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A decoded request.
 
     Attributes:
@@ -75,8 +75,10 @@ class Request:
         return DTYPE_OF[self.features.dtype.char]
 
 
-@dataclass(frozen=True, slots=True)
-class Response:
+_max = np.maximum.reduce
+
+
+class Response(NamedTuple):
     """A decoded response: the backbone's output, or the error that ``status`` names.
 
     Attributes:
@@ -126,7 +128,10 @@ def is_finite(values: Array) -> bool:
     signed, positive, unsigned, negative = _INFINITY[values.itemsize]
     if not values.size:
         return True
-    return bool(values.view(signed).max() < positive and values.view(unsigned).max() < negative)
+    # Not ndarray.max, which is Python around the same call.
+    return bool(
+        _max(values.view(signed), None) < positive and _max(values.view(unsigned), None) < negative
+    )
 
 
 def quantise(values: Array, dtype: Dtype, *, check: bool = True) -> tuple[Array, Array | None]:
@@ -143,12 +148,14 @@ def quantise(values: Array, dtype: Dtype, *, check: bool = True) -> tuple[Array,
             values = np.ascontiguousarray(values, np.float32)
         if not is_finite(values):
             raise NonFinite("features hold NaN or Inf, expected finite values")
-        scale = np.abs(values).reshape(len(values), -1).max(axis=1) / np.float32(127)
+        flat = values.reshape(len(values), -1)
+        # The largest magnitude, without a copy that holds all of them.
+        scale = np.maximum(flat.max(axis=1), -flat.min(axis=1)) / np.float32(127)
         # Below the least normal float a scale is too coarse a number: 127 steps could miss the
         # largest value. A row of zeros is divided safely, too.
         scale = np.maximum(scale, np.finfo(np.float32).tiny)
-        steps = np.rint(values / scale.reshape(-1, *[1] * (values.ndim - 1)))
-        return steps.astype(np.int8), scale
+        steps = values / scale.reshape(-1, *[1] * (values.ndim - 1))
+        return np.rint(steps, out=steps).astype(np.int8), scale
     if dtype not in DTYPES:
         raise WireError(f"value type is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if values.dtype == dtype:
@@ -179,14 +186,14 @@ def _is_finite(values: Array, scale: Array | None) -> bool:
     return is_finite(dequantise(values, scale))
 
 
-def _name(metadata: Mapping[str, str], key: str) -> str | None:
+def _name(metadata: Values, key: str) -> str | None:
     value = metadata.get(key)
     if value is not None and not _NAME.match(value):
         raise WireError(f"{key} is not 1 to 64 characters of A-Z a-z 0-9 . _ -")
     return value
 
 
-def _number(metadata: Mapping[str, str], key: str) -> int | None:
+def _number(metadata: Values, key: str) -> int | None:
     value = metadata.get(key)
     if value is None:
         return None
@@ -195,16 +202,18 @@ def _number(metadata: Mapping[str, str], key: str) -> int | None:
     return int(value)
 
 
-def _number_or(metadata: Mapping[str, str], key: str, default: int) -> int:
+def _number_or(metadata: Values, key: str, default: int) -> int:
     number = _number(metadata, key)
     return default if number is None else number
 
 
-def _check_protocol(metadata: Mapping[str, str]) -> str:
-    """The request id, after the protocol version was found to be ours."""
+def _check_protocol(metadata: Values) -> None:
     if metadata.get("datamix.protocol") != PROTOCOL:
         raise WireError(f"datamix.protocol is missing or unknown, expected {PROTOCOL!r}")
-    request_id = _name(metadata, "datamix.request_id")
+
+
+def _request_id(variables: Values) -> str:
+    request_id = _name(variables, "datamix.request_id")
     if request_id is None:
         raise WireError("datamix.request_id is missing")
     return request_id
@@ -244,21 +253,50 @@ def encode_request(
         raise WireError(f"priority is {priority}, expected 0 or 1")
     if deadline_s is not None and not deadline_s < 1e9:
         raise WireError(f"deadline_s is {deadline_s}, expected less than 1e9")
-    metadata = {
-        "datamix.protocol": PROTOCOL,
-        "datamix.request_id": _check_name("request_id", request_id),
-    }
+    values = [_check_name("request_id", request_id).encode()]
+    fields: list[tuple[str, str | int]] = [
+        ("datamix.protocol", PROTOCOL),
+        ("datamix.request_id", len(values[0])),
+    ]
     if model is not None:
-        metadata["datamix.model"] = _check_name("model", model)
+        fields.append(("datamix.model", _check_name("model", model)))
     if model_version is not None:
-        metadata["datamix.model_version"] = _check_name("model_version", model_version)
+        fields.append(("datamix.model_version", _check_name("model_version", model_version)))
     if block:
-        metadata["datamix.block"] = str(block)
+        fields.append(("datamix.block", str(block)))
     if deadline_s is not None:
-        metadata["datamix.deadline_ms"] = str(math.ceil(max(0.0, deadline_s) * 1000))
+        values.append(b"%d" % math.ceil(max(0.0, deadline_s) * 1000))
+        fields.append(("datamix.deadline_ms", len(values[1])))
     if priority:
-        metadata["datamix.priority"] = str(priority)
-    return frame(*quantise(features, dtype), metadata)
+        fields.append(("datamix.priority", str(priority)))
+    quantised, scale = quantise(features, dtype)
+    layout = template(dtype, quantised.shape, tuple(fields))
+    return b"".join(layout.fill(tuple(values), quantised, scale))
+
+
+class _Fixed(NamedTuple):
+    """What a request says that the next one of the same device says too."""
+
+    model: str | None
+    model_version: str | None
+    block: int
+    priority: int
+
+
+def _read_fixed(metadata: Values) -> _Fixed:
+    _check_protocol(metadata)
+    priority = _number_or(metadata, "datamix.priority", 0)
+    if priority not in (0, 1):
+        raise WireError(f"datamix.priority is {priority}, expected 0 or 1")
+    return _Fixed(
+        _name(metadata, "datamix.model"),
+        _name(metadata, "datamix.model_version"),
+        _number_or(metadata, "datamix.block", 0),
+        priority,
+    )
+
+
+requests = Reader(frozenset({"datamix.request_id", "datamix.deadline_ms"}), _read_fixed)
 
 
 def decode_request(body: Buffer, *, max_bytes: int = 1 << 24, max_rows: int = 1 << 12) -> Request:
@@ -269,32 +307,32 @@ def decode_request(body: Buffer, *, max_bytes: int = 1 << 24, max_rows: int = 1 
         TooLarge: more than ``max_bytes``, as received or inflated, or more than ``max_rows``.
         NonFinite: a value is NaN or Inf.
     """
-    features, scale, metadata = unframe(body, max_bytes=max_bytes, max_rows=max_rows)
-    request_id = _check_protocol(metadata)
+    features, scale, fixed, variables = requests.read(body, max_bytes=max_bytes, max_rows=max_rows)
+    request_id = _request_id(variables)
     if not len(features):
         raise WireError("request has no rows, expected at least one")
     if not _is_finite(features, scale):
         raise NonFinite("features hold NaN or Inf, expected finite values")
-    priority = _number_or(metadata, "datamix.priority", 0)
-    if priority not in (0, 1):
-        raise WireError(f"datamix.priority is {priority}, expected 0 or 1")
-    deadline_ms = _number(metadata, "datamix.deadline_ms")
+    deadline_ms = _number(variables, "datamix.deadline_ms")
     return Request(
-        features=features,
-        scale=scale,
-        request_id=request_id,
-        model=_name(metadata, "datamix.model"),
-        model_version=_name(metadata, "datamix.model_version"),
-        block=_number_or(metadata, "datamix.block", 0),
-        deadline_s=None if deadline_ms is None else deadline_ms / 1000,
-        priority=priority,
+        features,
+        scale,
+        request_id,
+        *fixed[:3],
+        None if deadline_ms is None else deadline_ms / 1000,
+        fixed[3],
     )
 
 
 # --- responses --------------------------------------------------------------------------------
 
 
-def encode_response(
+def encode_response(features: Array, **fields: Any) -> bytes:
+    """The backbone's output as one message; takes and raises what :func:`response_parts` does."""
+    return b"".join(response_parts(features, **fields))
+
+
+def response_parts(
     features: Array,
     *,
     dtype: Dtype,
@@ -306,28 +344,53 @@ def encode_response(
     compute_s: float,
     batch_rows: int,
     close_reason: str,
-) -> bytes:
-    """The backbone's output (rows, *shape) as one message, in the request's value type.
+) -> list[Any]:
+    """The backbone's output (rows, *shape) as one message in parts, in the request's value type.
 
-    Float values are not checked: the device must look for NaN and Inf anyway, as it does not trust
-    the cloud, and the cloud's time is the scarce one.
+    Whoever sends the message joins its parts, behind whatever has to go before, so that the output
+    is copied once. Float values are not checked: the device must look for NaN and Inf anyway, as it
+    does not trust the cloud, and the cloud's time is the scarce one.
 
     Raises:
         NonFinite: the output is not finite and ``dtype`` is int8, which cannot say so.
     """
-    metadata = {
-        "datamix.protocol": PROTOCOL,
-        "datamix.request_id": request_id,
-        "datamix.status": "200",
-        "datamix.model": model,
-        "datamix.model_version": model_version,
-        "datamix.block": str(block),
-        "datamix.queue_us": str(int(queue_s * 1e6)),
-        "datamix.compute_us": str(int(compute_s * 1e6)),
-        "datamix.batch_rows": str(batch_rows),
-        "datamix.close_reason": close_reason,
-    }
-    return frame(*quantise(features, dtype, check=False), metadata)
+    values = (
+        request_id.encode(),
+        b"%d" % int(queue_s * 1e6),
+        b"%d" % int(compute_s * 1e6),
+        b"%d" % batch_rows,
+    )
+    quantised, scale = quantise(features, dtype, check=False)
+    layout = _response_template(
+        dtype, quantised.shape, model, model_version, block, close_reason, tuple(map(len, values))
+    )
+    return layout.fill(values, quantised, scale)
+
+
+@lru_cache(maxsize=4096)
+def _response_template(
+    dtype: Dtype,
+    shape: tuple[int, ...],
+    model: str,
+    model_version: str,
+    block: int,
+    close_reason: str,
+    lengths: tuple[int, ...],
+) -> Template:
+    request_id, queue_us, compute_us, batch_rows = lengths
+    fields: tuple[tuple[str, str | int], ...] = (
+        ("datamix.protocol", PROTOCOL),
+        ("datamix.request_id", request_id),
+        ("datamix.status", "200"),
+        ("datamix.model", model),
+        ("datamix.model_version", model_version),
+        ("datamix.block", str(block)),
+        ("datamix.queue_us", queue_us),
+        ("datamix.compute_us", compute_us),
+        ("datamix.batch_rows", batch_rows),
+        ("datamix.close_reason", close_reason),
+    )
+    return template(dtype, shape, fields)
 
 
 def encode_error(
@@ -352,24 +415,59 @@ def decode_response(body: Buffer, *, max_bytes: int = 1 << 26, max_rows: int = 1
         WireError: not a message of this protocol. (An error status is returned, not raised.)
         TooLarge: more bytes or rows than allowed.
     """
-    features, scale, metadata = unframe(body, max_bytes=max_bytes, max_rows=max_rows)
-    request_id = _check_protocol(metadata)
-    retry_after_ms = _number(metadata, "datamix.retry_after_ms")
+    features, scale, fixed, values = responses.read(body, max_bytes=max_bytes, max_rows=max_rows)
+    retry_after_ms = _number(values, "datamix.retry_after_ms")
     return Response(
-        features=features,
-        scale=scale,
-        request_id=request_id,
-        status=_number_or(metadata, "datamix.status", 200),
-        error=metadata.get("datamix.error"),
-        retry_after_s=None if retry_after_ms is None else retry_after_ms / 1000,
-        model=_name(metadata, "datamix.model"),
-        model_version=_name(metadata, "datamix.model_version"),
-        block=_number_or(metadata, "datamix.block", 0),
-        queue_s=_number_or(metadata, "datamix.queue_us", 0) / 1e6,
-        compute_s=_number_or(metadata, "datamix.compute_us", 0) / 1e6,
-        batch_rows=_number_or(metadata, "datamix.batch_rows", 0),
-        close_reason=metadata.get("datamix.close_reason", ""),
+        features,
+        scale,
+        _request_id(values),
+        fixed.status,
+        values.get("datamix.error"),
+        None if retry_after_ms is None else retry_after_ms / 1000,
+        fixed.model,
+        fixed.model_version,
+        fixed.block,
+        _number_or(values, "datamix.queue_us", 0) / 1e6,
+        _number_or(values, "datamix.compute_us", 0) / 1e6,
+        _number_or(values, "datamix.batch_rows", 0),
+        fixed.close_reason,
     )
+
+
+class _FixedResponse(NamedTuple):
+    """What a response says that the next one of the same model says too."""
+
+    status: int
+    model: str | None
+    model_version: str | None
+    block: int
+    close_reason: str
+
+
+def _read_fixed_response(metadata: Values) -> _FixedResponse:
+    _check_protocol(metadata)
+    return _FixedResponse(
+        _number_or(metadata, "datamix.status", 200),
+        _name(metadata, "datamix.model"),
+        _name(metadata, "datamix.model_version"),
+        _number_or(metadata, "datamix.block", 0),
+        metadata.get("datamix.close_reason", ""),
+    )
+
+
+responses = Reader(
+    frozenset(
+        {
+            "datamix.request_id",
+            "datamix.queue_us",
+            "datamix.compute_us",
+            "datamix.batch_rows",
+            "datamix.error",
+            "datamix.retry_after_ms",
+        }
+    ),
+    _read_fixed_response,
+)
 
 
 def peek_request_id(body: Buffer) -> str:

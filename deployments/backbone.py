@@ -1,4 +1,4 @@
-"""The replica: one model version, its engine and its batcher, behind the endpoints.
+"""The replica: the models it serves, behind the endpoints, and what Ray asks of it.
 
 A plain class: `deployments.app` wraps it into a Serve deployment late, so that Ray pickles it by
 reference and tests can build one without Ray.
@@ -7,68 +7,81 @@ reference and tests can build one without Ray.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
 import secrets
 import time
+from collections import Counter
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from typing import Any
 
-import numpy as np
-
-from datamix import wire
-from datamix.errors import ConfigError, NotFound, TooLarge, WireError
+from datamix.errors import DataMixError
 from deployments import oip, websocket
-from deployments.batcher import Batcher
+from deployments.catalog import Catalog
 from deployments.config import Config
-from deployments.cores import let_threads_sleep
-from deployments.engine import Block, Engine, Rows, parse_engine
-from deployments.engines import echo_engine, torch_engine
-from deployments.metrics import Backend, RayBackend, Recorder, Traffic
+from deployments.metrics import Backend, RayBackend, Traffic, TrafficRecorder
+from deployments.peers import Peers, RayPeers, announce
 from deployments.protocol import Protocol
+from deployments.store import RayStore, Store
+from deployments.streams import Streams
+from deployments.table import Table, read_table
+from deployments.tokens import Tokens
 
 _PUBLISH_PERIOD_S = 1.0
+_FOLLOW_PERIOD_S = 2.0
 
 logger = logging.getLogger(__name__)
 
 
 class Backbone:
-    """Serves the backbone of one bundle. Must be built on a running event loop."""
+    """Serves the backbones of one or more bundles. Must be built on a running event loop."""
 
-    def __init__(self, config: Config, backend: Backend | None = None) -> None:
-        """Load, warm up, and start the engine's thread.
+    def __init__(
+        self,
+        config: Config,
+        backend: Backend | None = None,
+        store: Store | None = None,
+        peers: Peers | None = None,
+    ) -> None:
+        """Load, warm up, and start the engines' threads.
 
         Args:
             config: the application's settings.
             backend: where metrics go; None for Ray's metrics agent.
+            store: where the table of models is kept; None for Ray's control store.
+            peers: the other replicas; None for those that Serve runs.
 
         Raises:
-            BundleError: the bundle cannot be read or trusted.
-            ConfigError: the settings do not fit the bundle or this machine.
+            BundleError: a bundle cannot be read or trusted.
+            ConfigError: the settings do not fit a bundle or this machine, or
+                ``tokens_file`` cannot be read.
         """
         loop = asyncio.get_running_loop()
         websocket.install()  # Ray starts this replica's server after the constructor
         self.config = config
         self.clock = time.monotonic
         self.traffic = Traffic()
-        self.model, self.version, self.engine = build_engine(config)
-        self._warm_up()
-        self._recorder = Recorder(backend or RayBackend(), self.model)
-        self.batcher = Batcher(
-            self.engine,
-            loop,
-            max_batch_rows=config.max_batch_rows,
-            max_queue_rows=config.max_queue_rows,
-            max_queue_bytes=config.max_queue_bytes,
-            target_batch_s=config.target_batch_s,
-            on_batch=self._recorder.batch,
-            clock=self.clock,
-        )
+        self.tokens = None if config.tokens_file is None else Tokens(config.tokens_file, self.clock)
+        self._backend = backend or RayBackend()
+        self._store = store or RayStore(_application())
+        self.catalog = Catalog(config, self._backend, loop, self.clock, self._read_table())
+        self.streams = Streams(config, self.traffic, self.tokens, self.clock)
+        self.streams.start()
         self._replica = secrets.token_hex(4)
         self._started = self.clock()
-        self._publisher = loop.create_task(self._publish())
+        self._tasks = [loop.create_task(self._publish()), loop.create_task(self._follow())]
+        if config.rotate_streams_within_s is not None:
+            peers = peers or RayPeers(self._replica)
+            hello = announce(peers, config.rotate_streams_within_s)
+            self._tasks.append(loop.create_task(hello))
+        if backend is None:
+            # In a process of Ray's: a full collection would stop the event loop for 0.1 s to look
+            # at the quarter of a million objects that were there before the first request.
+            gc.collect()
+            gc.freeze()
         self.ready = True
 
     def __serve_build_asgi_app__(self) -> Protocol:  # noqa: PLW3201 (the name is Ray's)
@@ -76,11 +89,13 @@ class Backbone:
         return Protocol(self)
 
     async def check_health(self) -> None:
-        """Prove that batcher and engine are alive; Ray replaces the replica where this raises."""
-        await self.batcher.probe(self.config.health_timeout_s)
+        """Prove that batchers and engines are alive; Ray replaces the replica where this raises."""
+        await asyncio.gather(
+            *(model.batcher.probe(self.config.health_timeout_s) for model in self.catalog)
+        )
 
     async def close(self, timeout_s: float = 10.0) -> None:
-        """Drain: refuse new requests, answer the waiting ones, stop the engine's thread.
+        """Drain: refuse new requests, answer the waiting ones, stop the engines' threads.
 
         The ASGI server calls this at its shutdown (lifespan), and so does Ray when it stops the
         replica.
@@ -90,47 +105,74 @@ class Backbone:
         """
         self.ready = False
         try:
-            await self.batcher.drain(timeout_s)
+            await self.catalog.close(timeout_s)
         finally:
-            self._publisher.cancel()
-            await asyncio.gather(self._publisher, return_exceptions=True)
+            self.streams.stop()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def check_model(self, model: str, version: str | None) -> None:
-        """Refuse a model or version that is not served here.
+    async def rotate_streams(self, share: float, within_s: float, asked_by: str = "") -> int:
+        """Send a share of the devices elsewhere, oldest streams first: to replicas that are new.
 
-        Raises:
-            NotFound: with what is served.
+        Ray's ``handle.broadcast("rotate_streams", share, within_s)`` calls it on every replica. It
+        returns at once; see :meth:`deployments.streams.Streams.rotate`. A replica that asks keeps
+        its own streams: they have come in since HAProxy knows it.
         """
-        if model != self.model:
-            raise NotFound(f"model is {model[:64]!r}, expected {self.model!r}")
-        if version is not None and version != self.version:
-            raise NotFound(f"version of {model!r} is {version[:64]!r}, expected {self.version!r}")
+        if asked_by == self._replica:
+            return 0
+        return self.streams.rotate(share, within_s)
 
-    def check_request(self, request: wire.Request) -> None:
-        """Refuse a request that no block here can run.
+    # --- what `datamix models` asks of every replica ---
 
-        Raises:
-            NotFound: its model, version or block is not served here.
-            WireError: its rows have the wrong shape.
-            TooLarge: it has more rows than one batch.
-        """
-        if request.model is not None:
-            self.check_model(request.model, request.model_version)
-        elif request.model_version is not None:
-            self.check_model(self.model, request.model_version)
-        blocks = self.engine.blocks
-        if request.block >= len(blocks):
-            raise NotFound(f"block is {request.block}, expected 0 to {len(blocks) - 1}")
-        expected = blocks[request.block].input_shape
-        if request.features.shape[1:] != expected:
-            raise WireError(
-                f"rows have shape {request.features.shape[1:]}, expected {expected} for block "
-                f"{request.block}"
-            )
-        if request.rows > self.config.max_batch_rows:
-            raise TooLarge(
-                f"request has {request.rows} rows, expected at most {self.config.max_batch_rows}"
-            )
+    async def inspect(self, bundle: str) -> dict[str, Any]:
+        """Name, version and hashes of a bundle as this replica can read it, or the ``error``."""
+        from datamix.bundle import read_manifest
+
+        try:
+            manifest = await asyncio.to_thread(read_manifest, bundle)
+        except DataMixError as error:
+            return {"replica": self._replica, "error": str(error)}
+        return {
+            "replica": self._replica,
+            "name": manifest.name,
+            "version": manifest.version,
+            "hashes": dict(manifest.hashes),
+        }
+
+    async def models(self, follow: bool = False) -> dict[str, Any]:
+        """What this replica serves; with ``follow``, after it has caught up with the table."""
+        if follow:
+            await self._catch_up()
+        return {
+            "replica": self._replica,
+            "table": self.catalog.table.model_dump_json(),
+            "models": self.catalog.status(),
+        }
+
+    def _read_table(self) -> Table | None:
+        """The table in the store, if it is one for this configuration."""
+        body = self._store.read()
+        if body is None:
+            return None
+        table = read_table(body)
+        return table if table.configured == self.config.bundles else None
+
+    async def _catch_up(self) -> None:
+        table = await asyncio.to_thread(self._read_table)
+        if table is not None:
+            await self.catalog.follow(table)
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(_FOLLOW_PERIOD_S)
+            try:
+                await self._catch_up()
+            except DataMixError as error:
+                # What is served is served on, and the next look may find the store well again.
+                logger.error("the table of models was not read: %s", error)
+
+    # --- what it tells about itself ---
 
     def server_metadata(self) -> dict[str, Any]:
         """`GET /v2` of the Open Inference Protocol."""
@@ -140,101 +182,64 @@ class Backbone:
             "extensions": [*oip.EXTENSIONS, "datamix_arrow", "datamix_stream", "datamix_stats"],
         }
 
-    def model_metadata(self) -> dict[str, Any]:
-        """`GET /v2/models/{model}`; block shapes and limits stand in ``parameters``."""
-        blocks = self.engine.blocks
-        return {
-            "name": self.model,
-            "versions": [self.version],
-            "platform": "datamix",
-            "inputs": [_tensor("features", blocks[0].input_shape)],
-            "outputs": [_tensor("features", blocks[0].output_shape)],
-            "parameters": {
-                "engine": self.engine.name,
-                "blocks": [
-                    {"input_shape": list(b.input_shape), "output_shape": list(b.output_shape)}
-                    for b in blocks
-                ],
-                "max_request_rows": self.config.max_request_rows,
-                "max_request_bytes": self.config.max_request_bytes,
-                "max_batch_rows": self.config.max_batch_rows,
-            },
-        }
-
     def stats(self) -> dict[str, Any]:
-        """`GET /v2/stats`: running totals of this replica, durations in seconds."""
-        statistics = self.batcher.statistics
+        """`GET /v2/stats`: running totals of this replica, durations in seconds.
+
+        The engines' busy time is summed over all models; figures of each stand in ``models``.
+        """
         usage = resource.getrusage(resource.RUSAGE_SELF)
+        models = [model.stats() for model in self.catalog]
+        first = self.catalog.current[0]
+        sums = {
+            key: sum(model[key] for model in models)
+            for key in ("engine_busy_s", "batches", "rows", "queue_s", "queue_rows")
+        }
+        counts = {
+            key: dict(sum((Counter(model[key]) for model in models), Counter()))
+            for key in ("requests", "close_reasons")
+        }
         return {
             "replica": self._replica,
             "pid": os.getpid(),
-            "model": self.model,
-            "version": self.version,
-            "engine": self.engine.name,
+            "model": first.name,
+            "version": first.version,
+            "engine": first.engine.name,
             "uptime_s": self.clock() - self._started,
-            "engine_busy_s": self.batcher.busy_s,
             "cpu_s": usage.ru_utime + usage.ru_stime,
-            "batches": statistics.batches,
-            "rows": statistics.rows,
-            "batch_rows_mean": statistics.rows / max(1, statistics.batches),
-            "queue_s": statistics.queue_s,
-            "queue_rows": self.batcher.queue_rows,
-            "requests": dict(self.traffic.requests),
-            "close_reasons": dict(statistics.close_reasons),
+            **sums,
+            "batch_rows_mean": sums["rows"] / max(1, sums["batches"]),
+            **counts,
+            "requests": dict(Counter(counts["requests"]) + self.traffic.astray),
             "open_streams": self.traffic.open_streams,
+            "streams_closed": dict(self.traffic.streams_closed),
             "received_bytes": self.traffic.received_bytes,
             "sent_bytes": self.traffic.sent_bytes,
             "copied_bytes": {
                 "receive": self.traffic.received_bytes,
-                "batch": statistics.copied_bytes,
+                "batch": sum(model["copied_bytes"] for model in models),
+                "send": self.traffic.sent_bytes,
             },
+            "models": models,
         }
 
     async def _publish(self) -> None:
+        recorder = TrafficRecorder(self._backend)
         while True:
             await asyncio.sleep(_PUBLISH_PERIOD_S)
             try:
-                self._recorder.publish(
-                    self.batcher.statistics, self.traffic, self.batcher.queue_rows
-                )
+                recorder.publish(self.traffic)
+                for model in self.catalog:
+                    model.publish()
             except Exception:
                 # Metrics that cannot be published now may be again, and serving goes on meanwhile.
                 logger.exception("metrics were not published")
 
-    def _warm_up(self) -> None:
-        """Run every block at one row and at full size, so that the first request pays nothing."""
-        for index, block in enumerate(self.engine.blocks):
-            for rows in (1, self.config.max_batch_rows):
-                zeros = np.zeros((rows, *block.input_shape), np.float32)
-                (output,) = self.engine.run(index, [Rows(zeros, None)])
-                if output.shape != (rows, *block.output_shape):
-                    raise ConfigError(
-                        f"block {index} gives shape {output.shape[1:]}, expected "
-                        f"{block.output_shape} by the manifest"
-                    )
 
+def _application() -> str:
+    from ray import serve
 
-def build_engine(config: Config) -> tuple[str, str, Engine]:
-    """Model name, version and engine for ``config``.
-
-    Raises:
-        BundleError: the bundle cannot be read or trusted.
-        ConfigError: the device or dtype cannot be had.
-    """
-    let_threads_sleep()  # before anything loads torch
-    text = parse_engine(config.engine)
-    if config.bundle is None:
-        assert config.echo_shape is not None  # Config holds this
-        return "echo", "1", echo_engine(text, [config.echo_shape], config)
-    from datamix.bundle import load_backbone, read_manifest
-
-    if text.kind != "torch":
-        manifest = read_manifest(config.bundle)
-        shapes = [block.input_shape for block in manifest.blocks]
-        return manifest.name, manifest.version, echo_engine(text, shapes, config)
-    manifest, modules = load_backbone(config.bundle)
-    blocks = [Block(block.input_shape, block.output_shape) for block in manifest.blocks]
-    return manifest.name, manifest.version, torch_engine(modules, blocks, config)
+    name: str = serve.get_replica_context().app_name
+    return name
 
 
 def _version() -> str:
@@ -242,7 +247,3 @@ def _version() -> str:
         return installed_version("datamix-cluster")
     except PackageNotFoundError:  # shipped to the node as a folder, by Ray's working_dir
         return "unknown"
-
-
-def _tensor(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
-    return {"name": name, "datatype": "FP32", "shape": [-1, *shape]}

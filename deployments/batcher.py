@@ -283,7 +283,8 @@ class Batcher:
             return
         self.statistics.queue_s += queued_s
         first = min(job.arrived for job in flight.jobs)
-        self._post(results, Timing(begun - first, compute_s, rows, reason))
+        expected = flight.ends(begun) if flight.known else None
+        self._post(results, Timing(begun - first, compute_s, rows, reason), expected)
 
     def _fail(self, flight: Flight, error: Exception) -> None:
         """An engine that raised: find the request to blame by running each one alone."""
@@ -299,11 +300,21 @@ class Batcher:
             text = "the engine failed on this request"
         self._post([(flight.jobs[0], Unavailable(text))])
 
-    def _post(self, results: Results, oldest: Timing | None = None) -> None:
-        """Hand results to the event loop, all of a batch in one wake-up."""
+    def _post(
+        self, results: Results, oldest: Timing | None = None, expected: float | None = None
+    ) -> None:
+        """Hand results to the event loop, all of a batch in one wake-up.
+
+        Args:
+            results: requests and their outcomes.
+            oldest: where they are a batch, the timing of its oldest request.
+            expected: when that batch was predicted to be done, if that was known.
+        """
 
         def deliver() -> None:
             self._deliver(results)
+            if expected is not None:
+                self._dispatch.lateness.observe(self._clock() - expected)
             if oldest is not None:
                 self._on_batch(oldest)
 

@@ -14,7 +14,9 @@ class Config(BaseModel):
     """Settings of the backbone's application; unknown keys are refused.
 
     Attributes:
-        bundle: folder or URI of the bundle; only manifest and backbone weights are read.
+        bundle: folder or URI of the bundle, or several of them; only manifest and backbone weights
+            are read. The first bundle of a model is its current version, until `datamix models`
+            says otherwise.
         engine: ``torch``, ``null``, or ``emulated:a_s,b_s`` which sleeps a + b * rows seconds per
             batch, or ``emulated:PATH.json`` which sleeps as long as the profile says.
         echo_shape: row shape that a null or emulated engine echoes where there is no bundle.
@@ -36,12 +38,24 @@ class Config(BaseModel):
         max_request_bytes: bytes of a message at most, as received and inflated.
         max_request_rows: rows of a message at most.
         max_stream_requests: requests of one stream in flight at most; then reading stops.
+        stream_idle_timeout_s: a stream without a message either way for so long is closed; None:
+            never.
+        slow_reader_timeout_s: a stream whose peer has read nothing for so long, while answers wait
+            for it, is cut off.
+        max_stream_buffer_bytes: answers that may wait in this process for one peer to read them;
+            beyond it is cut off at once. A peer that reads slowly is not read from, so that without
+            this bound they were at most ``max_stream_requests`` answers.
+        rotate_streams_within_s: when a replica has started, all of them let go of their streams
+            within so many seconds, sooner where HAProxy would cut them sooner, and devices connect
+            anew where there are fewest; None: never.
+        tokens_file: file of the bearer tokens that are let in (docs/security.md), at the same place
+            on every node; None lets everybody in.
         health_timeout_s: how long the engine may take to answer a health probe.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bundle: str | None = None
+    bundle: str | tuple[str, ...] | None = None
     engine: str = "torch"
     echo_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     device: str = "cpu"
@@ -57,7 +71,19 @@ class Config(BaseModel):
     max_request_bytes: int = Field(default=8 << 20, ge=1024, le=16 << 20)
     max_request_rows: int = Field(default=128, ge=1)
     max_stream_requests: int = Field(default=128, ge=1)
+    stream_idle_timeout_s: float | None = Field(default=600.0, gt=0, allow_inf_nan=False)
+    slow_reader_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    max_stream_buffer_bytes: int = Field(default=64 << 20, ge=1 << 16)
+    rotate_streams_within_s: float | None = Field(default=60.0, gt=0, allow_inf_nan=False)
+    tokens_file: str | None = Field(default=None, min_length=1)
     health_timeout_s: float = Field(default=8.0, gt=0, allow_inf_nan=False)
+
+    @property
+    def bundles(self) -> tuple[str, ...]:
+        """The bundles as a tuple, empty where there is none."""
+        if isinstance(self.bundle, str):
+            return (self.bundle,)
+        return self.bundle or ()
 
     @model_validator(mode="after")
     def _agree(self) -> Config:
@@ -68,7 +94,7 @@ class Config(BaseModel):
             raise ValueError(str(error)) from error
         if self.dtype == "float16" and self.device == "cpu":
             raise ValueError("dtype is 'float16', expected another one on the processor")
-        if self.bundle is None and (kind == "torch" or self.echo_shape is None):
+        if not self.bundles and (kind == "torch" or self.echo_shape is None):
             raise ValueError(
                 "no bundle is given; only a null or emulated engine with echo_shape can do without"
             )

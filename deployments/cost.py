@@ -8,6 +8,8 @@ batch costs a microsecond of accounting.
 
 from __future__ import annotations
 
+_LATE_GAIN = 0.05  # of one batch on how late answers are
+_DEVIATIONS = 3.0  # by which a promise is safer than the mean
 _GAIN = 0.02  # weight of the newest batch: the model remembers about the last 50
 _WARM = 8  # batches before anybody is refused on the model's word
 _STIFFNESS = 1e-3  # squared relative spread of the rows below which the slope is kept as it is
@@ -72,3 +74,29 @@ class CostModel:
         # A line that meets the axis below 0 is replaced by the one through 0 and the means.
         self.b_s = min(b_s, self._seconds / self._rows)
         self.a_s = max(0.0, self._seconds - self.b_s * self._rows)
+
+
+class Lateness:
+    """How much later than predicted answers are out: mean and mean deviation.
+
+    As TCP does it for its retransmission timer (RFC 6298): what scatters needs more of a margin. It
+    covers all that the cost model cannot know: a machine that is busy, a thread that wakes late,
+    answers that are written one after the other.
+    """
+
+    __slots__ = ("_deviation_s", "_mean_s")
+
+    def __init__(self) -> None:
+        """Expect answers on time."""
+        self._mean_s = self._deviation_s = 0.0
+
+    @property
+    def allowance_s(self) -> float:
+        """Seconds to keep clear before a deadline."""
+        return self._mean_s + _DEVIATIONS * self._deviation_s
+
+    def observe(self, seconds: float) -> None:
+        """Learn that the answers of a batch were out so much after the predicted end."""
+        late_s = max(0.0, seconds)
+        self._deviation_s += _LATE_GAIN * (abs(late_s - self._mean_s) - self._deviation_s)
+        self._mean_s += _LATE_GAIN * (late_s - self._mean_s)

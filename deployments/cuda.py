@@ -33,8 +33,8 @@ from torch import Tensor
 from datamix.errors import ConfigError
 from deployments.engine import Array, Block, Engine, Pending, Rows, Shape
 from deployments.fuse import Optimise, prepare
-from deployments.staging import Layout, lay_out, most_bytes, pack, view
 from deployments.gpu import Event, Gpu
+from deployments.staging import Layout, lay_out, most_bytes, pack, view
 
 
 def buckets(most: int) -> list[int]:

@@ -18,7 +18,7 @@ from math import ceil, inf
 from typing import NamedTuple
 
 from datamix.errors import Overloaded
-from deployments.cost import CostModel
+from deployments.cost import CostModel, Lateness
 from deployments.engine import Pending
 from deployments.waiting import Job, Queue
 
@@ -64,6 +64,7 @@ class Flight:
         staged_s: how long the engine took to stage and launch it, in seconds.
         lead_s: how long staging and copy should take, in seconds.
         cost_s: how long it should take after that, in seconds.
+        known: whether these two are worth anything.
     """
 
     jobs: list[Job]
@@ -75,11 +76,16 @@ class Flight:
     staged_s: float = 0.0
     lead_s: float = 0.0
     cost_s: float = 0.0
+    known: bool = False
 
     @property
     def block(self) -> int:
         """Which block it runs."""
         return self.jobs[0].block
+
+    def ends(self, free: float) -> float:
+        """When it should be done, where the engine has no older one from ``free`` on."""
+        return max(free, self.started + self.lead_s) + self.cost_s
 
 
 class Step(NamedTuple):
@@ -118,6 +124,7 @@ class Dispatch:
         statistics: running totals.
         costs: per block, what a batch takes after its lead, or with it where depth is 1.
         leads: per block, what staging and copying a batch takes.
+        lateness: how much later than predicted answers are out.
     """
 
     def __init__(
@@ -130,6 +137,7 @@ class Dispatch:
         self.statistics = Statistics()
         self.costs = [CostModel() for _ in range(blocks)]
         self.leads = [CostModel() for _ in range(blocks)]
+        self.lateness = Lateness()
         self._queue = queue
         self._depth = depth
         self._target_batch_s = target_batch_s
@@ -163,7 +171,7 @@ class Dispatch:
 
     def _close(self, now: float, draining: bool) -> Step:
         """Take the next batch, whatever its size."""
-        taken = self._queue.take(now, self.remaining_s(now))
+        taken = self._queue.take(now, self.remaining_s(now) + self.lateness.allowance_s)
         if not taken.batch:
             return Step(expired=taken.expired)
         rows = sum(job.count for job in taken.batch)
@@ -193,7 +201,9 @@ class Dispatch:
     def launch(self, flight: Flight, now: float) -> None:
         """A batch is handed to the engine."""
         flight.started = now
-        flight.cost_s = self.costs[flight.block].predict(flight.rows)
+        cost = self.costs[flight.block]
+        flight.known = cost.warm
+        flight.cost_s = cost.predict(flight.rows)
         if self._depth > 1:
             flight.lead_s = self.leads[flight.block].predict(flight.rows)
         if not self.flights:
@@ -258,7 +268,7 @@ class Dispatch:
             return 0.0
         end = self._landed
         for flight in flights:
-            end = max(now, max(end, flight.started + flight.lead_s) + flight.cost_s)
+            end = max(now, flight.ends(end))
         return end - now
 
     def wait_s(self, now: float) -> float:
@@ -277,7 +287,9 @@ class Dispatch:
         """What no prediction for ``rows`` more exceeds: spares most the price of an exact one."""
         # The batches under way, the request's own, and one of each block that is not full.
         batches = 1 + self._depth + len(self.costs)
-        return batches * self._slowest_batch_s + (self._queue.rows + rows) * self._slowest_row_s
+        compute_s = batches * self._slowest_batch_s
+        compute_s += (self._queue.rows + rows) * self._slowest_row_s
+        return compute_s + self.lateness.allowance_s
 
     def check_deadline(self, job: Job, deadline: float) -> None:
         """Refuse a request whose answer would come too late, as far as the model can tell.
@@ -301,7 +313,7 @@ class Dispatch:
         own_s = ceil(rows / limit) * cost.predict(limit) if rows > limit else cost.predict(rows)
         # The first lead is hidden by nothing where nothing is under way.
         lead_s = 0.0 if self.flights else self.leads[block].predict(min(rows, limit))
-        predicted_s = self._predict_s(ahead, now) + own_s + lead_s
+        predicted_s = self._predict_s(ahead, now) + own_s + lead_s + self.lateness.allowance_s
         left_s = deadline - now
         if predicted_s > left_s:
             raise Overloaded(

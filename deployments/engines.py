@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from deployments.config import Config
 
 
-def echo_engine(text: EngineText, shapes: Sequence[Shape], config: Config) -> Engine:
+def echo_engine(
+    text: EngineText, shapes: Sequence[Shape], max_batch_rows: int, *, bundle: bool = True
+) -> Engine:
     """The null or emulated engine for blocks of the given row shapes.
 
-    Without a bundle, the one shape there is serves for all blocks of a profile.
+    Without a bundle, the one shape that there is serves for all blocks of a profile.
 
     Raises:
         ConfigError: the profile cannot be read, or does not fit the blocks or the settings.
@@ -29,9 +31,9 @@ def echo_engine(text: EngineText, shapes: Sequence[Shape], config: Config) -> En
     from deployments.profile import emulate, read_profile
 
     profile = read_profile(text.profile)
-    if config.bundle is None:
+    if not bundle:
         shapes = [*shapes] * len(profile.blocks)
-    return emulate(profile, shapes, config.max_batch_rows)
+    return emulate(profile, shapes, max_batch_rows)
 
 
 def torch_engine(modules: torch.nn.ModuleList, blocks: Sequence[Block], config: Config) -> Engine:

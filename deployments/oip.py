@@ -366,11 +366,11 @@ def model_config(model: str, blocks: Sequence[Block], max_rows: int) -> dict[str
     }
 
 
-def repository_index(models: Sequence[tuple[str, str, bool]], body: bytes) -> list[dict[str, str]]:
+def repository_index(models: Sequence[tuple[str, str, str]], body: bytes) -> list[dict[str, str]]:
     """`POST /v2/repository/index`: the models that are served.
 
     Args:
-        models: (name, version, ready) of every model.
+        models: (name, version, reason) of every version, the reason "" where it is ready.
         body: the request's: nothing, or JSON that may ask with ``ready`` for those only.
 
     Raises:
@@ -381,9 +381,9 @@ def repository_index(models: Sequence[tuple[str, str, bool]], body: bytes) -> li
         {
             "name": name,
             "version": version,
-            "state": "READY" if ready else "UNAVAILABLE",
-            "reason": "" if ready else "the replica is not ready",
+            "state": "UNAVAILABLE" if reason else "READY",
+            "reason": reason,
         }
-        for name, version, ready in models
-        if ready or not only_ready
+        for name, version, reason in models
+        if not (reason and only_ready)
     ]

@@ -36,16 +36,16 @@ def profile(
     from pydantic import ValidationError
 
     from datamix.bundle import read_manifest
-    from deployments.backbone import build_engine
+    from deployments.model import build_engine
 
-    assert config.bundle is not None
-    manifest = read_manifest(config.bundle)
-    model, _, engine = build_engine(config)
+    (bundle,) = config.bundles
+    manifest = read_manifest(bundle)
+    entry, engine = build_engine(config, bundle)
     blocks = measure(engine, config.max_batch_rows, request_rows=manifest.group_size, rounds=rounds)
     try:
         return Profile(
             schema_version=1,
-            name=name or f"{model}-{config.device.replace(':', '')}"[:64],
+            name=name or f"{entry.name}-{config.device.replace(':', '')}"[:64],
             machine=machine if machine is not None else _machine(config),
             engine=engine.name,
             max_batch_rows=config.max_batch_rows,

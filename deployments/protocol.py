@@ -5,8 +5,9 @@
     GET  /v2/models/{model}[/versions/{v}][/ready | /config]  metadata, readiness
     GET  /v2, /v2/health/live, /v2/health/ready, /v2/stats; POST /v2/repository/index
 
-A request is decoded and checked on the event loop, before it can enter a batch. Every fault has its
-row in the table of docs/wire.md and leaves the connection and all other requests untouched.
+Every fault has its row in the table of docs/wire.md and leaves the connection and all other
+requests untouched. Where the application has tokens, they are checked before anything else of a
+request is looked at.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from datamix import wire
 from datamix.errors import (
     DataMixError,
-    NonFinite,
     NotAllowed,
     NotFound,
     TooLarge,
+    Unauthorized,
     Unavailable,
     Unsupported,
     WireError,
 )
 from deployments import oip
-from deployments.engine import Rows
-from deployments.waiting import Computed, Job
+from deployments.admission import Admission, Route, encode, presentable
+from deployments.exchange import Exchange
+from deployments.model import ServedModel
+from deployments.waiting import Computed
 from deployments.websocket import EXTENSION, Messages
 
 if TYPE_CHECKING:
@@ -43,9 +46,6 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# Called once per request, on the event loop: its id, and the encoded response or the error.
-Reply = Callable[[str, bytes | DataMixError], None]
-
 logger = logging.getLogger(__name__)
 
 _ROUTE = re.compile(
@@ -53,50 +53,16 @@ _ROUTE = re.compile(
     r"(/(?P<action>infer|stream|ready|config))?/?"
 )
 
-
-class Route(NamedTuple):
-    """Where a path leads: a model, perhaps a version, and what to do with it."""
-
-    model: str
-    version: str | None
-    action: str
+# Load balancers ask these, and have no token.
+_OPEN = frozenset({"/v2/health/live", "/v2/health/ready"})
 
 
-class Stream:
-    """One WebSocket: its messages, and its requests that are not answered yet."""
+class Answer(NamedTuple):
+    """The body of a good HTTP answer, its content type and further headers."""
 
-    def __init__(self, messages: Messages, limit: int) -> None:
-        """Answer through ``messages``; read no more while ``limit`` requests are unanswered."""
-        self._messages = messages
-        self._limit = limit
-        self._unanswered = 0
-        self._jobs: set[Job] = set()
-
-    def enter(self) -> None:
-        """Count one more request; at the limit the peer is not read from any more."""
-        self._unanswered += 1
-        if self._unanswered == self._limit:
-            self._messages.hold(True)
-
-    def answer(self, message: bytes) -> None:
-        """Write one response."""
-        self._messages.send(message)
-        self._unanswered -= 1
-        if self._unanswered == self._limit - 1:
-            self._messages.hold(False)
-
-    def watch(self, job: Job) -> None:
-        """Remember a queued request, in case the peer leaves."""
-        self._jobs.add(job)
-
-    def forget(self, job: Job) -> None:
-        """Let go of a request that is answered, and so of its message's memory."""
-        self._jobs.discard(job)
-
-    def abandon(self) -> None:
-        """Cancel what is still queued: the peer is gone."""
-        for job in self._jobs:
-            job.cancelled = True
+    body: bytes
+    media: str
+    extra: tuple[tuple[bytes, bytes], ...] = ()
 
 
 class Protocol:
@@ -106,6 +72,7 @@ class Protocol:
         """Serve ``backbone``."""
         self._backbone = backbone
         self._limits = backbone.config
+        self._admission = Admission(backbone)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Dispatch one connection or request."""
@@ -133,6 +100,8 @@ class Protocol:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             path = scope["path"]
+            if scope["method"] != "GET" or path not in _OPEN:
+                self._authorise(scope)
             if scope["method"] == "POST":
                 if path == "/v2/repository/index":
                     await self._index(scope, receive, send)
@@ -140,64 +109,70 @@ class Protocol:
                 route = self._route(path)
                 if route.action != "infer":
                     raise NotFound(f"nothing is to be posted at {path[:200]!r}")
-                await self._infer(scope, receive, send)
+                await self._infer(route, scope, receive, send)
             elif scope["method"] == "GET":
                 body = json.dumps(self._describe(path)).encode()
                 await _reply(send, 200, "application/json", body)
             else:
                 raise NotAllowed(f"method is {scope['method']}, expected GET or POST")
         except Exception as fault:
-            error = _presentable(fault)
-            if scope["method"] == "POST":
-                self._count(error)
+            error = presentable(fault)
+            if scope["method"] == "POST" or isinstance(error, Unauthorized):
+                self._admission.count(None, error)
             await _reply_error(send, error)
 
-    async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _infer(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+        model = self._backbone.catalog.find(route.model, route.version)
+        try:
+            body, media, extra = await self._answer(route, scope, receive)
+        except Exception as fault:
+            error = presentable(fault)
+            self._admission.count(model, error)
+            await _reply_error(send, error)
+            return
+        self._admission.count(model, body)
+        self._backbone.traffic.sent_bytes += len(body)
+        await _reply(send, 200, media, body, extra=extra)
+
+    async def _answer(self, route: Route, scope: Scope, receive: Receive) -> Answer:
+        """Read one request in whichever protocol it came, and compute its answer."""
         media = _header(scope, b"content-type")
         kind = media.partition(";")[0].strip().lower()
         if kind == wire.MEDIA_TYPE:
-            await self._infer_arrow(scope, receive, send)
-        elif kind in ("", *oip.MEDIA_TYPES) or _header(scope, oip.LENGTH_HEADER):
+            return await self._answer_arrow(route, await self._body(scope, receive))
+        if kind in ("", *oip.MEDIA_TYPES) or _header(scope, oip.LENGTH_HEADER):
             # NVIDIA's tritonclient names no content type.
-            await self._infer_oip(scope, receive, send)
-        else:
-            raise Unsupported(
-                f"content type is {media[:100]!r}, expected {wire.MEDIA_TYPE!r} or one of "
-                f"{', '.join(oip.MEDIA_TYPES)}"
-            )
+            return await self._answer_oip(route, scope, receive)
+        raise Unsupported(
+            f"content type is {media[:100]!r}, expected {wire.MEDIA_TYPE!r} or one of "
+            f"{', '.join(oip.MEDIA_TYPES)}"
+        )
 
-    async def _infer_arrow(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await self._body(scope, receive)
-        request = self._decode(body)
-        message = self._encode(request, await self._compute(request))
-        if isinstance(message, DataMixError):
-            raise message
-        self._count(message)
-        self._backbone.traffic.sent_bytes += len(message)
-        await _reply(send, 200, wire.MEDIA_TYPE, message)
+    async def _answer_arrow(self, route: Route, body: bytes) -> Answer:
+        request = self._admission.decode(body)
+        model = self._admission.find(route, request)
+        parts = encode(model, request, await self._compute(model, request))
+        if isinstance(parts, DataMixError):
+            raise parts
+        return Answer(b"".join(parts), wire.MEDIA_TYPE)
 
-    async def _infer_oip(self, scope: Scope, receive: Receive, send: Send) -> None:
-        backbone = self._backbone
+    async def _answer_oip(self, route: Route, scope: Scope, receive: Receive) -> Answer:
         encoding = _header(scope, b"content-encoding")
         if encoding.lower() not in ("", "identity"):
             raise Unsupported(f"content encoding is {encoding[:100]!r}, expected none")
         body = await self._body(scope, receive)
-        backbone.traffic.received_bytes += len(body)
+        self._backbone.traffic.received_bytes += len(body)
         length = _header(scope, oip.LENGTH_HEADER)
         request = oip.decode_request(body, length, max_rows=self._limits.max_request_rows)
-        computed = await self._compute(request.wire)
-        answer = oip.encode_response(
-            request, computed, model=backbone.model, version=backbone.version
-        )
-        self._count(answer.body)
-        backbone.traffic.sent_bytes += len(answer.body)
+        model = self._admission.find(route, request.wire)
+        computed = await self._compute(model, request.wire)
+        answer = oip.encode_response(request, computed, model=model.name, version=model.version)
         if answer.json_length is None:
-            await _reply(send, 200, "application/json", answer.body)
-        else:
-            extra = ((oip.LENGTH_HEADER, str(answer.json_length).encode()),)
-            await _reply(send, 200, "application/octet-stream", answer.body, extra=extra)
+            return Answer(answer.body, "application/json")
+        extra = ((oip.LENGTH_HEADER, str(answer.json_length).encode()),)
+        return Answer(answer.body, "application/octet-stream", extra)
 
-    async def _compute(self, request: wire.Request) -> Computed:
+    async def _compute(self, model: ServedModel, request: wire.Request) -> Computed:
         """Queue a request and wait for its batch; whoever stops waiting cancels it."""
         answer: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
 
@@ -209,7 +184,7 @@ class Protocol:
             else:
                 answer.set_result(outcome)
 
-        job = self._admit(request, done)
+        job = self._admission.admit(model, request, done)
         try:
             return await answer
         finally:
@@ -217,7 +192,11 @@ class Protocol:
 
     async def _index(self, scope: Scope, receive: Receive, send: Send) -> None:
         backbone = self._backbone
-        models = [(backbone.model, backbone.version, backbone.ready)]
+        idle = "" if backbone.ready else "the replica is not ready"
+        models = [
+            (row["name"], row["version"], row["reason"] or idle)
+            for row in backbone.catalog.status()
+        ]
         index = oip.repository_index(models, await self._body(scope, receive))
         await _reply(send, 200, "application/json", json.dumps(index).encode())
 
@@ -253,16 +232,15 @@ class Protocol:
         if path == "/v2/stats":
             return backbone.stats()
         route = self._route(path)
+        model = backbone.catalog.find(route.model, route.version)
         if route.action == "":
-            return backbone.model_metadata()
+            return model.metadata(backbone.catalog.versions(model.name))
         if route.action == "ready":
             if not backbone.ready:
                 raise Unavailable(f"model {route.model!r} is not ready")
             return {"name": route.model, "ready": True}
         if route.action == "config":
-            return oip.model_config(
-                backbone.model, backbone.engine.blocks, self._limits.max_request_rows
-            )
+            return oip.model_config(model.name, model.engine.blocks, self._limits.max_request_rows)
         raise NotFound(f"nothing is to be read at {path[:200]!r}")
 
     # --- WebSocket ---
@@ -270,127 +248,44 @@ class Protocol:
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         await receive()  # websocket.connect
         try:
+            token = self._authorise(scope)
             route = self._route(scope["path"])
             if route.action != "stream":
                 raise NotFound(f"no stream is at {scope['path'][:200]!r}")
+            self._backbone.catalog.find(route.model, route.version)
+            messages: Messages | None = scope["extensions"].get(EXTENSION)
+            if messages is None:
+                # Through Serve's own proxy, to which HAProxy turns while it knows no replica.
+                raise Unavailable("no replica takes streams at the moment, try again")
         except DataMixError as error:
+            if isinstance(error, Unauthorized):
+                self._admission.count(None, error)
             await _reply_error(send, error, kind="websocket.http.response")
             return
-        messages: Messages = scope["extensions"][EXTENSION]
-        stream = Stream(messages, self._limits.max_stream_requests)
-        messages.on_message = lambda body: self._stream_request(body, route, stream)
-        self._backbone.traffic.open_streams += 1
+        streams = self._backbone.streams
+        stream = streams.open(messages, token)
+        Exchange(self._admission, route, stream)
         try:
             await send({"type": "websocket.accept"})
             await receive()  # websocket.disconnect; messages come by the other way
         finally:
-            self._backbone.traffic.open_streams -= 1
-            stream.abandon()
-
-    def _stream_request(self, body: bytes | None, route: Route, stream: Stream) -> None:
-        stream.enter()
-        job: Job | None = None
-
-        def reply(request_id: str, outcome: bytes | DataMixError) -> None:
-            nonlocal job
-            if job is not None:
-                stream.forget(job)
-                job = None  # breaks the circle through job.done, so that memory is freed at once
-            self._count(outcome)
-            if isinstance(outcome, DataMixError):
-                outcome = wire.encode_error(
-                    request_id, outcome.status, str(outcome), retry_after_s=outcome.retry_after_s
-                )
-            self._backbone.traffic.sent_bytes += len(outcome)
-            stream.answer(outcome)
-
-        try:
-            if body is None:
-                raise WireError("a text frame came on the stream, expected binary messages")
-            job = self._submit(body, route, reply)
-            stream.watch(job)
-        except Exception as error:
-            reply(wire.peek_request_id(body or b""), _presentable(error))
+            streams.close(stream)
 
     # --- both ---
 
+    def _authorise(self, scope: Scope) -> bytes | None:
+        """Refuse who has no token; return its digest, or None where none is needed."""
+        tokens = self._backbone.tokens
+        if tokens is None:
+            return None
+        return tokens.check(next((v for k, v in scope["headers"] if k == b"authorization"), b""))
+
     def _route(self, path: str) -> Route:
-        """Read a path and check that this replica serves its model and version."""
+        """Read a path."""
         match = _ROUTE.fullmatch(path)
         if match is None:
             raise NotFound(f"nothing is at {path[:200]!r}")
-        route = Route(match["model"], match["version"], match["action"] or "")
-        self._backbone.check_model(route.model, route.version)
-        return route
-
-    def _submit(self, body: bytes, route: Route, reply: Reply) -> Job:
-        """Decode, check and queue one request; ``reply`` gets its encoded response or the error."""
-        request = self._decode(body)
-        return self._admit(
-            request, lambda outcome: reply(request.request_id, self._encode(request, outcome))
-        )
-
-    def _decode(self, body: bytes) -> wire.Request:
-        """Open one message."""
-        self._backbone.traffic.received_bytes += len(body)
-        return wire.decode_request(
-            body, max_bytes=self._limits.max_request_bytes, max_rows=self._limits.max_request_rows
-        )
-
-    def _admit(self, request: wire.Request, done: Callable[[Computed | DataMixError], None]) -> Job:
-        """Check and queue one request, in whichever protocol it came."""
-        backbone = self._backbone
-        backbone.check_request(request)
-        deadline_s = request.deadline_s
-        job = Job(
-            block=request.block,
-            rows=Rows(request.features, request.scale),
-            done=done,
-            deadline=None if deadline_s is None else backbone.clock() + deadline_s,
-            priority=request.priority,
-        )
-        backbone.batcher.offer(job)
-        return job
-
-    def _count(self, outcome: bytes | DataMixError) -> None:
-        """Count one answer."""
-        label = str(outcome.status) if isinstance(outcome, DataMixError) else "ok"
-        self._backbone.traffic.requests[label] += 1
-
-    def _encode(
-        self, request: wire.Request, outcome: Computed | DataMixError
-    ) -> bytes | DataMixError:
-        if isinstance(outcome, DataMixError):
-            return outcome
-        output, timing = outcome
-        try:
-            return wire.encode_response(
-                output,
-                dtype=request.dtype,
-                request_id=request.request_id,
-                model=self._backbone.model,
-                model_version=self._backbone.version,
-                block=request.block,
-                queue_s=timing.queue_s,
-                compute_s=timing.compute_s,
-                batch_rows=timing.batch_rows,
-                close_reason=timing.close_reason,
-            )
-        except NonFinite:
-            return NonFinite(f"the output of block {request.block} holds NaN or Inf")
-        except Exception as error:
-            return _presentable(error)
-
-
-def _presentable(error: Exception) -> DataMixError:
-    """The error as it may travel. What nobody foresaw keeps its text and traceback to itself.
-
-    They can hold values of the input, so the log gets the type only.
-    """
-    if isinstance(error, DataMixError):
-        return error
-    logger.error("request failed: %s", type(error).__name__)
-    return Unavailable("the replica failed on this request")
+        return Route(match["model"], match["version"], match["action"] or "")
 
 
 def _header(scope: Scope, name: bytes) -> str:
@@ -420,5 +315,7 @@ async def _reply_error(send: Send, error: DataMixError, kind: str = "http.respon
     extra: tuple[tuple[bytes, bytes], ...] = ()
     if error.retry_after_s is not None:  # whole seconds, as HTTP wants them
         extra = ((b"retry-after", str(math.ceil(error.retry_after_s)).encode()),)
+    if isinstance(error, Unauthorized):
+        extra = ((b"www-authenticate", b"Bearer"),)
     body = json.dumps({"error": str(error)}).encode()
     await _reply(send, error.status, "application/json", body, extra=extra, kind=kind)

@@ -211,7 +211,7 @@ class Queue:
         Where more waits than one batch holds, what would be late by the end of a full batch counts
         as expired. Otherwise an overloaded engine would spend its time on the requests that are
         just about lost, and so lose the next ones as well. ``busy_s`` is how long the engine has
-        still to do with what it was given before, in seconds.
+        still to do with what it was given before, and whatever else delays the answers, in seconds.
         """
         taken = Taken()
         self._swept = False

@@ -13,6 +13,7 @@ application finds a :class:`Messages` in ``scope["extensions"][EXTENSION]``.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, MutableMapping
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 EXTENSION = "datamix.messages"
 MAX_MESSAGE_BYTES = 16 << 20
+_MAX_REQUEST_BYTES = 15 << 10  # to upgrade a connection; picows hangs up without a word at 16 kB
+_ROOM = bytes(14)  # for the header of the frame that holds a message
 _PING_S = 20.0  # to find peers that left without a word
 
 logger = logging.getLogger(__name__)
@@ -58,24 +61,35 @@ class Messages:
     Attributes:
         on_message: called on the event loop with each binary message, and with None for a text
             message. To be set before the connection is accepted.
+        on_stop: called when the server stops and the stream should end soon. To be set likewise.
+        touched: a message came; whoever wants to see the next one sets it back.
+        is_full: the peer does not read, and more than a little waits for it.
+        is_closing: one side has said goodbye.
     """
 
     def __init__(self) -> None:
         """Hand messages to nobody yet."""
-        self.on_message: Callable[[bytes | None], None] = lambda body: None
+        self.on_message: Callable[[bytes | None], None] = _drop
+        self.on_stop: Callable[[], None] = lambda: self.close(WSCloseCode.SERVICE_RESTART)
         self.transport: WSTransport | None = None
+        self.touched = False
+        self.is_full = False
+        self.is_closing = False
         self._backlog: deque[bytes | None] = deque()  # came in the same read as the one held at
         self._held = False  # by the application
         self._draining = False
-        self._full = False  # the peer does not read what it is sent
 
-    def send(self, message: bytes) -> None:
-        """Write one binary message; nothing happens where the peer is gone."""
+    def send(self, parts: list[Any]) -> int:
+        """Write one binary message, and say how long it is; it goes nowhere if the peer is gone."""
+        # Joined behind the room for a frame's header, so that picows need not copy it again.
+        buffer = bytearray().join((_ROOM, *parts))
         if self.transport is not None and not self.transport.is_disconnected:
-            self.transport.send(WSMsgType.BINARY, message)
+            self.transport.send_reuse_external_bytearray(WSMsgType.BINARY, buffer, len(_ROOM))
+        return len(buffer) - len(_ROOM)
 
     def receive(self, body: bytes | None) -> None:
         """Pass one message on, or keep it while the application holds the peer."""
+        self.touched = True
         if self._held:
             self._backlog.append(body)
         else:
@@ -96,17 +110,63 @@ class Messages:
 
     def full(self, full: bool) -> None:
         """Stop reading while the peer does not read either: it gets no room for more answers."""
-        self._full = full
+        self.is_full = full
         self._flow()
 
+    def close(self, code: WSCloseCode) -> None:
+        """Say goodbye, and pass nothing on any more.
+
+        What still comes is read and dropped until the peer has said goodbye too: a socket that is
+        closed over unread bytes is reset, and what was just sent may be lost with it.
+        """
+        self.is_closing = True
+        self._backlog.clear()
+        self.on_message = _drop
+        self._held = False
+        if (transport := self._open_transport()) is not None:
+            transport.send_close(code)
+            self._flow()
+
+    def abort(self) -> None:
+        """End the connection without a word; what waits to be read by the peer is dropped."""
+        if (transport := self._open_transport()) is not None:
+            transport.disconnect(graceful=False)
+        self.transport = None  # what is written from now on would only be complained about
+
+    def excuse(self) -> None:
+        """Take a peer that is not read from for alive, as its pongs wait unread, too."""
+        transport = self._open_transport()
+        if transport is not None and (self._held or self.is_full):
+            transport.notify_user_specific_pong_received()
+
+    @property
+    def buffered_bytes(self) -> int:
+        """What waits in this process for the peer to read it."""
+        transport = self._open_transport()
+        return 0 if transport is None else transport.underlying_transport.get_write_buffer_size()
+
+    @property
+    def is_broken(self) -> bool:
+        """The connection was ended from here, with a close frame that says what was wrong."""
+        shake = None if self.transport is None else self.transport.close_handshake
+        return shake is not None and shake.recv is None
+
+    def _open_transport(self) -> WSTransport | None:
+        gone = self.transport is None or self.transport.is_disconnected
+        return None if gone else self.transport
+
     def _flow(self) -> None:
-        if self.transport is None or self.transport.is_disconnected:
+        if (transport := self._open_transport()) is None:
             return
-        socket = self.transport.underlying_transport
-        if self._held or self._full:
+        socket = transport.underlying_transport
+        if (self._held or self.is_full) and not self.is_closing:
             socket.pause_reading()
         else:
             socket.resume_reading()
+
+
+def _drop(body: bytes | None) -> None:
+    """Take a message that nobody waits for."""
 
 
 class _Listener(WSListener):
@@ -115,7 +175,7 @@ class _Listener(WSListener):
     def __init__(self, messages: Messages, on_lost: Callable[[], None]) -> None:
         self._messages = messages
         self._on_lost = on_lost
-        self._fragments: list[bytes] = []
+        self._fragments = bytearray()
         self._text = False
 
     def on_ws_connected(self, transport: WSTransport) -> None:
@@ -128,19 +188,21 @@ class _Listener(WSListener):
         elif kind in (WSMsgType.BINARY, WSMsgType.TEXT, WSMsgType.CONTINUATION):
             self._part(transport, frame)
         elif kind == WSMsgType.CLOSE:
-            transport.send_close(frame.get_close_code())
+            self._messages.is_closing = True
+            code = frame.get_close_code()  # 0 for none, which must not be sent
+            transport.send_close(WSCloseCode.OK if code == WSCloseCode.NO_INFO else code)
             transport.disconnect()
 
     def _part(self, transport: WSTransport, frame: WSFrame) -> None:
         if frame.msg_type != WSMsgType.CONTINUATION:
             self._fragments.clear()
             self._text = frame.msg_type == WSMsgType.TEXT
-        self._fragments.append(frame.get_payload_as_bytes())
-        if sum(map(len, self._fragments)) > MAX_MESSAGE_BYTES:
+        self._fragments += frame.get_payload_as_memoryview()
+        if len(self._fragments) > MAX_MESSAGE_BYTES:
             transport.send_close(WSCloseCode.MESSAGE_TOO_BIG)
             transport.disconnect()
         elif frame.fin:
-            body, self._fragments = b"".join(self._fragments), []
+            body, self._fragments = bytes(self._fragments), bytearray()
             self._messages.receive(None if self._text else body)
 
     def pause_writing(self) -> None:
@@ -181,6 +243,9 @@ class WebSocket(asyncio.Protocol):
             # A peer that sends frames before it was let in; nobody of ours does.
             self._transport.abort()
             return
+        if len(data) > _MAX_REQUEST_BYTES:
+            self._refuse_long(len(data))
+            return
         self._request = data
         self._events.put_nowait({"type": "websocket.connect"})
         task = asyncio.get_running_loop().create_task(self._run())
@@ -196,24 +261,34 @@ class WebSocket(asyncio.Protocol):
         self._events.put_nowait({"type": "websocket.disconnect", "code": 1005})
 
     def shutdown(self) -> None:
-        """The server stops: say so, so that the peer connects elsewhere."""
+        """The server stops: see to it that the peer connects elsewhere."""
+        if self._messages.transport is None:
+            self._transport.close()
+        else:
+            self._messages.on_stop()
+
+    def _end(self, code: WSCloseCode) -> None:
+        """The application is done with the connection, or has failed on it."""
         transport = self._messages.transport
         if transport is None:
             self._transport.close()
         elif not transport.is_disconnected:
-            transport.send_close(WSCloseCode.SERVICE_RESTART)
+            transport.send_close(code)
             transport.disconnect()
 
     async def _run(self) -> None:
+        code = WSCloseCode.SERVICE_RESTART  # where the task is cancelled
         try:
             await self._config.loaded_app(self._scope(), self._events.get, self._send)
+            code = WSCloseCode.OK
         except asyncio.CancelledError:
             raise
         except Exception as error:
             # Its text and traceback may hold values of a message, so the log gets its type.
             logger.error("a stream failed: %s", type(error).__name__)
+            code = WSCloseCode.INTERNAL_ERROR
         finally:
-            self.shutdown()
+            self._end(code)
 
     def _scope(self) -> MutableMapping[str, Any]:
         head, _, rest = self._request.partition(b"\r\n")
@@ -245,7 +320,7 @@ class WebSocket(asyncio.Protocol):
         if kind == "websocket.accept":
             self._accept()
         elif kind == "websocket.send":
-            self._messages.send(message["bytes"])
+            self._messages.send([message["bytes"]])
         elif kind == "websocket.http.response.start":
             self._refusal = (message["status"], message.get("headers", ()))
         elif kind == "websocket.http.response.body" and self._refusal is not None:
@@ -253,7 +328,7 @@ class WebSocket(asyncio.Protocol):
         elif kind == "websocket.close" and not self._accepted:
             self._refuse(403, (), b"")
         else:
-            self.shutdown()
+            self._end(WSCloseCode.OK)
 
     def _accept(self) -> None:
         """Give the connection to picows, which answers the upgrade request itself."""
@@ -280,9 +355,19 @@ class WebSocket(asyncio.Protocol):
         buffer = protocol.get_buffer(len(self._request))
         buffer[: len(self._request)] = self._request
         protocol.buffer_updated(len(self._request))
+        if self._messages.transport is None:
+            # picows refused the handshake and hangs up. That was no connection to it, so it tells
+            # its listener nothing.
+            self.connection_lost(None)
 
     def _make_listener(self, request: WSUpgradeRequest) -> WSListener:
         return _Listener(self._messages, lambda: self.connection_lost(None))
+
+    def _refuse_long(self, size: int) -> None:
+        sentence = f"the upgrade request has {size} bytes, expected at most {_MAX_REQUEST_BYTES}"
+        body = json.dumps({"error": sentence}).encode()
+        length = (b"content-length", b"%d" % len(body))
+        self._refuse(431, [(b"content-type", b"application/json"), length], body)
 
     def _refuse(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()]

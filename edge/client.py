@@ -2,8 +2,8 @@
 
     inputs -> stem -> groups of K -> every round of each group through the cloud -> outputs
 
-Every attempt of a round sends the same bytes under the same request id, so the cloud may answer it
-twice without harm, and a retry tells it nothing new.
+Every attempt of a round sends the same mixtures under the same request id, so the cloud may answer
+it twice without harm, and a retry tells it nothing new but how much of the deadline is left.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from datamix import wire
 from datamix.errors import ConfigError, DataMixError, Unavailable, from_status
+from edge.access import Access
 from edge.mixing import decoys
 from edge.session import Device, Floats, Round, infer_group
 from edge.transport import StreamTransport, Transport, UnaryTransport
@@ -116,20 +117,26 @@ class Client:
         *,
         transport: Literal["stream", "unary"] = "stream",
         mode: str | None = None,
+        token: str | None = None,
+        ca_file: str | os.PathLike[str] | None = None,
         config: ClientConfig | None = None,
     ) -> None:
         """Open the bundle; the cloud is contacted on the first inference.
 
         Args:
-            url: base URL of the cloud, ``http://host:port``, or a transport of one's own.
+            url: base URL of the cloud, ``http(s)://host:port``, or a transport of one's own.
             bundle: folder or URI of the bundle (manifest and device weights are read), or a device.
             transport: which transport to use with a URL.
             mode: what leaves the device; None for the mode that the bundle was made for.
+            token: bearer token, where the cloud wants one.
+            ca_file: PEM file of the authorities that may vouch for an ``https`` cloud; None for
+                those that this machine trusts.
             config: timeouts, retries, concurrency.
 
         Raises:
             BundleError: the bundle cannot be read or trusted.
-            ConfigError: the bundle was made for another mode, or the URL is none.
+            ConfigError: the bundle was made for another mode, or the URL, the token or the file of
+                authorities is none.
         """
         if isinstance(bundle, str | os.PathLike):
             from edge.runtime import TorchDevice  # torch is only paid for where it is used
@@ -145,7 +152,10 @@ class Client:
             raise ConfigError(f"mode is {manifest.mode!r}, expected 'mix', the only one so far")
         self.config = config or ClientConfig()
         if isinstance(url, str):
-            self._transport = _connect(url, manifest.name, transport)
+            access = Access(token, None if ca_file is None else os.fspath(ca_file))
+            self._transport = _connect(url, manifest.name, access, transport)
+        elif token is not None or ca_file is not None:
+            raise ConfigError("a transport of one's own came with token or ca_file, expected none")
         else:
             self._transport = url
         self._dtype: wire.Dtype = self.config.wire_dtype or manifest.wire_dtype
@@ -196,12 +206,13 @@ class Client:
             return np.empty((0, len(self.device.manifest.class_names)), np.float32)
         features = await asyncio.to_thread(self.device.stem, prepared)
         size = self.device.manifest.group_size
-        if missing := -len(features) % size:
-            features = np.concatenate([features, decoys(missing, features.shape[1:])])
 
         async def group(start: int) -> Floats:
             async with self._slots:
-                return await self._infer_group(features[start : start + size])
+                members = features[start : start + size]
+                if missing := size - len(members):  # of the last group
+                    members = np.concatenate([members, decoys(missing, members.shape[1:])])
+                return await self._infer_group(members)
 
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -227,15 +238,19 @@ class Client:
         """One round: attempts until it is answered, the deadline passes or the budget is spent."""
         manifest = self.device.manifest
         request_id = secrets.token_hex(12)
-        message = wire.encode_request(
-            step.features,
-            request_id=request_id,
-            dtype=self._dtype,
-            model=manifest.name,
-            model_version=manifest.version,
-            block=step.block,
-            deadline_s=max(0.0, deadline - time.monotonic()),
-        )
+
+        def encode() -> bytes:
+            return wire.encode_request(
+                step.features,
+                request_id=request_id,
+                dtype=self._dtype,
+                model=manifest.name,
+                model_version=manifest.version,
+                block=step.block,
+                deadline_s=max(0.0, deadline - time.monotonic()),
+            )
+
+        message = encode()
         self._budget.earn()
         backoff_s = self.config.first_backoff_s
         while True:
@@ -245,8 +260,10 @@ class Client:
             except DataMixError as error:
                 if not error.retryable:
                     raise
-                wait_s = backoff_s * (0.5 + 0.5 * self._jitter.random())
-                wait_s = max(wait_s, error.retry_after_s or 0.0)
+                jitter = self._jitter.random()
+                wait_s = backoff_s * (0.5 + 0.5 * jitter)
+                if error.retry_after_s is not None:  # and not all at the same moment
+                    wait_s = max(wait_s, error.retry_after_s * (1 + 0.1 * jitter))
                 if time.monotonic() + wait_s >= deadline:
                     raise Unavailable(
                         f"gave up after {self.config.timeout_s:g} s; the last attempt: {error}"
@@ -257,6 +274,7 @@ class Client:
                     ) from error
             self.retries += 1
             await asyncio.sleep(wait_s)
+            message = encode()  # a cloud that believed the old deadline would compute in vain
             backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
 
     async def _attempt(self, message: bytes, request_id: str, left_s: float) -> Floats:
@@ -273,11 +291,11 @@ class Client:
         return response.values()
 
 
-def _connect(url: str, model: str, transport: str) -> Transport:
+def _connect(url: str, model: str, access: Access, transport: str) -> Transport:
     if transport == "stream":
-        return StreamTransport(url, model)
+        return StreamTransport(url, model, access)
     if transport == "unary":
-        return UnaryTransport(url, model)
+        return UnaryTransport(url, model, access)
     raise ConfigError(f"transport is {transport!r}, expected 'stream' or 'unary'")
 
 

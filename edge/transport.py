@@ -10,8 +10,8 @@ A transport makes one attempt. Whether to try again is the client's business (:m
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from http.cookiejar import DefaultCookiePolicy
@@ -19,16 +19,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 import httpx
-from picows import (
-    WSCloseCode,
-    WSError,
-    WSFrame,
-    WSInvalidStatusError,
-    WSListener,
-    WSMsgType,
-    WSTransport,
-    ws_connect,
-)
+from picows import WSError, WSInvalidStatusError, ws_connect
 
 from datamix import wire
 from datamix.errors import (
@@ -39,6 +30,8 @@ from datamix.errors import (
     WireError,
     from_status,
 )
+from edge.access import Access, distrust
+from edge.stream import Connection, Moved
 
 # Ray Serve starts a task per request or stream that watches for disconnects. A stream notices by
 # itself, and a message then takes one queue less on its way (docs/decisions).
@@ -46,6 +39,15 @@ _HEADERS = {"x-request-disconnect-disabled": "?1"}
 # A connection on which requests wait and nothing comes for this long may be dead without a sign.
 _SILENCE_S = 2.0
 _CONNECT_S = 10.0  # for TCP and the WebSocket handshake together
+# Rotations may follow each other; a cloud that sends everybody away again and again is at fault.
+_MOST_MOVES = 4
+
+# picows would write each handshake into a log that is verbose enough, and the token stands in it.
+_quiet = logging.getLogger("picows.datamix")
+_quiet.setLevel(logging.WARNING)
+
+
+_ANYBODY = Access()
 
 
 class Transport(Protocol):
@@ -85,109 +87,92 @@ def check_url(url: str) -> str:
     return url.rstrip("/")
 
 
-class _Listener(WSListener):
-    """Puts whole messages together and hands them on."""
-
-    def __init__(self, on_message: Callable[[bytes], None], on_lost: Callable[[], None]) -> None:
-        self._on_message = on_message
-        self._on_lost = on_lost
-        self._fragments: list[bytes] = []
-
-    def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
-        if frame.msg_type == WSMsgType.CLOSE:
-            transport.disconnect()
-        elif frame.msg_type in (WSMsgType.BINARY, WSMsgType.CONTINUATION):
-            # A copy, because the frame's memory is used again when this returns.
-            self._fragments.append(frame.get_payload_as_bytes())
-            if frame.fin:
-                body, self._fragments = b"".join(self._fragments), []
-                self._on_message(body)
-
-    def on_ws_disconnected(self, transport: WSTransport) -> None:
-        self._on_lost()
-        # Why the connection was given up is an exception that asyncio wants somebody to look at.
-        self._farewell = asyncio.ensure_future(_farewell(transport))
-
-
-async def _farewell(transport: WSTransport) -> None:
-    with contextlib.suppress(Exception):
-        await transport.wait_disconnected()
-
-
 class StreamTransport:
     """One WebSocket to `/v2/models/{model}/stream`, opened on first use and again when lost.
 
+    Where the cloud wants the stream elsewhere (a rolling update, replicas that were added), another
+    is opened and what the cloud has not read is sent again on it, within the same attempt.
+
     Attributes:
         connections: how many times it connected.
-        unmatched: answers that came too late or for a request nobody sent.
+        moved: requests sent again because the cloud had moved the stream.
     """
 
-    def __init__(self, url: str, model: str, *, max_message_bytes: int = 1 << 26) -> None:
-        """Prepare; nothing is connected yet."""
+    def __init__(
+        self, url: str, model: str, access: Access = _ANYBODY, *, max_message_bytes: int = 1 << 26
+    ) -> None:
+        """Prepare; nothing is connected yet.
+
+        Raises:
+            ConfigError: the URL is none, or the file of authorities cannot be used.
+        """
         base = check_url(url)
         self._url = f"ws{base.removeprefix('http')}/v2/models/{model}/stream"
+        self._headers = {**_HEADERS, **access.headers}
+        self._ssl = access.context(base)
         self._max_message_bytes = max_message_bytes
-        self._waiting: dict[str, asyncio.Future[wire.Response]] = {}
-        self._socket: WSTransport | None = None
-        self._opening: asyncio.Task[WSTransport] | None = None
+        self._current: Connection | None = None  # where requests go
+        self._open: set[Connection] = set()  # and those that are about to end
+        self._opening: asyncio.Task[Connection] | None = None
         self._closed = False
-        self._quiet_since = 0.0  # on the monotonic clock
+        self._unmatched = 0
         self.connections = 0
-        self.unmatched = 0
+        self.moved = 0
+
+    @property
+    def unmatched(self) -> int:
+        """Answers that came too late or for a request nobody sent."""
+        return self._unmatched + sum(connection.unmatched for connection in self._open)
 
     async def send(self, message: bytes, request_id: str, timeout_s: float) -> wire.Response:
         """See :class:`Transport`."""
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[wire.Response] = loop.create_future()
+        connection: Connection | None = None
         try:
             async with asyncio.timeout(timeout_s):
-                socket = await self._connect()
-                if not self._waiting:
-                    self._quiet_since = time.monotonic()
-                self._waiting[request_id] = answer
-                socket.send(WSMsgType.BINARY, message)
-                return await answer
+                for _ in range(_MOST_MOVES):
+                    connection = await self._connect()
+                    try:
+                        return await connection.ask(message, request_id)
+                    except Moved:
+                        self.moved += 1
+                raise Unavailable(f"the cloud moved the stream {_MOST_MOVES} times in a row")
         except TimeoutError:
-            if self._socket is not None and time.monotonic() - self._quiet_since > _SILENCE_S:
-                dead, self._socket = self._socket, None  # so that the next request connects anew
-                dead.disconnect(graceful=False)
+            if connection is not None and time.monotonic() - connection.quiet_since_s > _SILENCE_S:
+                connection.abort()  # so that the next request connects anew
             raise Unavailable(f"no answer within {timeout_s:.3g} s") from None
-        finally:
-            if self._waiting.get(request_id) is answer:
-                del self._waiting[request_id]
 
     async def close(self) -> None:
         """See :class:`Transport`."""
         self._closed = True
         if self._opening is not None:
             await asyncio.wait([self._opening])
-        if self._socket is not None:
-            self._socket.send_close(WSCloseCode.OK)
-            self._socket.disconnect()
-            await _farewell(self._socket)
+        await asyncio.gather(*(connection.close() for connection in self._open))
 
-    async def _connect(self) -> WSTransport:
+    async def _connect(self) -> Connection:
         """The open connection. All requests share one attempt, and none can cancel it.
 
         A WebSocket handshake that is cancelled half way would leave its socket behind.
         """
         if self._closed:
             raise ConfigError("this transport is closed")
-        if self._socket is not None and not self._socket.is_disconnected:
-            return self._socket
+        if self._current is not None:
+            return self._current
         if self._opening is None or self._opening.done():
-            self._opening = asyncio.create_task(self._open())
+            self._opening = asyncio.create_task(self._connect_anew())
             # Where every request has given up by then, nobody else looks at its failure.
             self._opening.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(self._opening)
 
-    async def _open(self) -> WSTransport:
+    async def _connect_anew(self) -> Connection:
+        connection = Connection(self._max_message_bytes, self._on_end)
         try:
             async with asyncio.timeout(_CONNECT_S):
                 socket, _ = await ws_connect(
-                    self._listener,
+                    lambda: connection,
                     self._url,
-                    extra_headers=_HEADERS,
+                    ssl_context=self._ssl,
+                    extra_headers=self._headers,
+                    logger_name=_quiet,
                     max_frame_size=self._max_message_bytes,
                     max_redirects=0,  # nobody sends the mixtures elsewhere
                     websocket_handshake_timeout=_CONNECT_S / 2,
@@ -195,56 +180,42 @@ class StreamTransport:
         except WSInvalidStatusError as error:
             raise _refusal(error) from error
         except (OSError, WSError, TimeoutError) as error:
-            raise Unavailable(f"cannot connect to the cloud: {error}") from error
+            raise distrust(error) or Unavailable(f"cannot connect to the cloud: {error}") from error
         if socket.is_disconnected:  # picows says so nowhere else
             raise Unavailable("the cloud hung up instead of opening a stream")
         self.connections += 1
-        self._quiet_since = time.monotonic()
-        self._socket = socket
-        return socket
+        for old in [old for old in self._open if old.is_gone]:
+            self._open.remove(old)
+            self._unmatched += old.unmatched
+        self._open.add(connection)
+        if connection.is_open:
+            self._current = connection
+        return connection
 
-    def _listener(self) -> WSListener:
-        # Each connection knows its number, so that a late goodbye of an old one cannot fail the
-        # requests of the new one.
-        listener = _Listener(self._on_message, lambda: self._on_lost(generation))
-        generation = self.connections
-        return listener
-
-    def _on_message(self, body: bytes) -> None:
-        self._quiet_since = time.monotonic()
-        try:
-            response = wire.decode_response(body, max_bytes=self._max_message_bytes)
-        except (WireError, TooLarge):
-            request_id = wire.peek_request_id(body)
-            outcome: wire.Response | Exception = AnswerError("the cloud's answer is no message")
-        else:
-            request_id, outcome = response.request_id, response
-        answer = self._waiting.get(request_id)
-        if answer is None or answer.done():
-            self.unmatched += 1
-        elif isinstance(outcome, Exception):
-            answer.set_exception(outcome)
-        else:
-            answer.set_result(outcome)
-
-    def _on_lost(self, generation: int) -> None:
-        if generation + 1 < self.connections:
-            return
-        self._socket = None
-        for answer in self._waiting.values():
-            if not answer.done():
-                answer.set_exception(Unavailable("the connection to the cloud was lost"))
+    def _on_end(self, connection: Connection) -> None:
+        if self._current is connection:
+            self._current = None
 
 
 class UnaryTransport:
     """One HTTP POST per request, over kept-alive connections."""
 
-    def __init__(self, url: str, model: str, *, max_message_bytes: int = 1 << 26) -> None:
-        """Prepare; nothing is connected yet."""
-        self._url = f"{check_url(url)}/v2/models/{model}/infer"
+    def __init__(
+        self, url: str, model: str, access: Access = _ANYBODY, *, max_message_bytes: int = 1 << 26
+    ) -> None:
+        """Prepare; nothing is connected yet.
+
+        Raises:
+            ConfigError: the URL is none, or the file of authorities cannot be used.
+        """
+        base = check_url(url)
+        self._url = f"{base}/v2/models/{model}/infer"
         self._max_message_bytes = max_message_bytes
         self._client = httpx.AsyncClient(
-            headers={**_HEADERS, "content-type": wire.MEDIA_TYPE}, trust_env=False
+            headers={**_HEADERS, **access.headers, "content-type": wire.MEDIA_TYPE},
+            # Without TLS none is made up: reading this machine's authorities takes 30 ms.
+            verify=access.context(base) or False,
+            trust_env=False,
         )
         # No cookies: the cloud would know requests of one client by them.
         self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
@@ -259,7 +230,9 @@ class UnaryTransport:
         except TimeoutError:
             raise Unavailable(f"no answer within {timeout_s:.3g} s") from None
         except httpx.HTTPError as error:
-            raise Unavailable(f"the request did not get through: {error!r}") from error
+            raise distrust(error) or Unavailable(
+                f"the request did not get through: {error!r}"
+            ) from error
         if reply.status_code != 200:
             raise _http_error(
                 reply.status_code, reply.content, reply.headers.get("retry-after", "")

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,24 +22,32 @@ from deployments.backbone import Backbone
 from deployments.config import Config
 from deployments.engine import Array, Pending, Rows
 from deployments.metrics import PrometheusBackend
+from deployments.model import ServedModel
+from deployments.peers import NoPeers
 from deployments.protocol import Protocol
+from deployments.store import MemoryStore, Store
 from deployments.waiting import Job
 
 SHAPE = (2, 3, 3)
 PATIENCE_S = 10.0  # for what must happen at once; only a failing test waits so long
 
 
+def first(backbone: Backbone) -> ServedModel:
+    """The current version of the first model of a replica; most tests have no other."""
+    return backbone.catalog.current[0]
+
+
 class Gate:
     """Stands before a backbone's engine; closed, it stops each batch until it is opened."""
 
     def __init__(self, backbone: Backbone) -> None:
-        self._start = backbone.engine.start
+        self._start = first(backbone).engine.start
         self._open = threading.Event()
         self._open.set()
         self.entered = threading.Semaphore(0)
         self.batches: list[list[Array]] = []
         self.fails_on: float | None = None
-        backbone.engine.start = self.start  # type: ignore[method-assign]
+        first(backbone).engine.start = self.start  # type: ignore[method-assign]
 
     def start(self, block: int, requests: Sequence[Rows]) -> Pending:
         self.batches.append([request.features for request in requests])
@@ -88,7 +97,20 @@ class Cloud:
     @property
     def queued(self) -> list[Job]:
         """The requests that wait for the engine."""
-        return list(self.backbone.batcher._queue)
+        return list(self.model.batcher._queue)
+
+    @property
+    def model(self) -> ServedModel:
+        """The current version of its first model."""
+        return first(self.backbone)
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """Requests answered, by outcome, whether or not a model was found for them."""
+        counts = Counter(self.backbone.traffic.astray)
+        for model in self.backbone.catalog:
+            counts.update(model.outcomes)
+        return counts
 
     async def until_queued(self, count: int) -> None:
         async with asyncio.timeout(PATIENCE_S):
@@ -103,10 +125,10 @@ class Cloud:
 
 
 @asynccontextmanager
-async def replica(config: Config) -> AsyncIterator[Cloud]:
+async def replica(config: Config, store: Store | None = None) -> AsyncIterator[Cloud]:
     """A replica without a server; for tests that call the ASGI application themselves."""
     registry = CollectorRegistry()
-    backbone = Backbone(config, PrometheusBackend(registry))
+    backbone = Backbone(config, PrometheusBackend(registry), store or MemoryStore(), NoPeers())
     gate = Gate(backbone)
     app = backbone.__serve_build_asgi_app__()
     try:
@@ -117,9 +139,9 @@ async def replica(config: Config) -> AsyncIterator[Cloud]:
 
 
 @asynccontextmanager
-async def serving(config: Config) -> AsyncIterator[Cloud]:
+async def serving(config: Config, store: Store | None = None) -> AsyncIterator[Cloud]:
     """A replica behind uvicorn."""
-    async with replica(config) as cloud:
+    async with replica(config, store) as cloud:
         settings = uvicorn.Config(
             cloud.app,
             lifespan="on",
@@ -186,7 +208,8 @@ class HttpPeer:
     ) -> None:
         """Send a request; do not wait for the reply."""
         length = "transfer-encoding: chunked" if chunked else f"content-length: {len(body)}"
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {media}\r\n{length}\r\n\r\n"
+        lines = [f"POST {path} HTTP/1.1", "host: x", f"content-type: {media}", length]
+        head = "\r\n".join([*lines, *self._headers(), "", ""])
         if chunked:
             pieces = [body[start : start + 1000] for start in range(0, len(body), 1000)]
             body = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
@@ -195,11 +218,15 @@ class HttpPeer:
         await self.writer.drain()
 
     async def request(self, method: str, path: str) -> Reply:
-        self.writer.write(f"{method} {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        lines = [f"{method} {path} HTTP/1.1", "host: x", *self._headers(), "", ""]
+        self.writer.write("\r\n".join(lines).encode())
         return await self.reply()
 
     async def get(self, path: str) -> Reply:
         return await self.request("GET", path)
+
+    def _headers(self) -> list[str]:
+        return [f"{key}: {value}" for key, value in self.headers.items()]
 
     async def reply(self) -> Reply:
         async with asyncio.timeout(PATIENCE_S):

@@ -29,6 +29,7 @@ class Served:
     bundle: str
     mark: str
     process: subprocess.Popen[str]
+    address: str
 
 
 def marked(mark: str) -> list[psutil.Process]:
@@ -68,11 +69,13 @@ def serving(*options: str, bundle: Path | None = BUNDLE) -> Iterator[Served]:
     try:
         assert process.stdout is not None
         for line in process.stdout:  # a cluster that fails to start ends, and with it its output
+            if found := re.match(r"datamix models .*--address (\S+)", line):
+                address = found[1]
             if found := re.match(r"serving at (\S+),", line):
                 break
         else:
             pytest.fail("datamix serve ended before it served")
-        yield Served(found[1], str(bundle), mark, process)
+        yield Served(found[1], str(bundle), mark, process, address)
         assert process.poll() is None, "datamix serve ended by itself"
     finally:
         if process.poll() is None:

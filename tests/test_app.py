@@ -22,8 +22,8 @@ def test_serve_yaml_is_what_serve_and_the_application_expect() -> None:
     assert application.import_path == "deployments.app:app"
     config = Config(**application.args)
     assert config.device == "cuda"
-    assert config.bundle is not None
-    assert (ROOT / config.bundle / "manifest.json").exists()
+    (bundle,) = config.bundles
+    assert (ROOT / bundle / "manifest.json").exists()
     (deployment,) = application.deployments
     assert deployment.name == "Backbone"
     settings["applications"][0]["deployments"][0]["max_ongoing_requests"] = "many"

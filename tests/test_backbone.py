@@ -21,11 +21,16 @@ from datamix.bundle import BACKBONE, ArchitectureSpec, Preprocessing, load_backb
 from datamix.errors import BundleError, ConfigError, NotFound, TooLarge, Unavailable, WireError
 from datamix.models import Architecture, build
 from deployments import backbone as module
-from deployments.backbone import Backbone, build_engine
+from deployments import model as models
+from deployments.backbone import Backbone
 from deployments.config import Config
 from deployments.emulated import Cost, EmulatedEngine
 from deployments.engine import Block, EchoEngine, Rows
 from deployments.metrics import TABLE, Metric, PrometheusBackend
+from deployments.model import Loaded, build_engine
+from deployments.peers import NoPeers
+from deployments.store import MemoryStore
+from deployments.table import Entry
 from deployments.waiting import Job
 from tests.real_cloud import (
     PATIENCE_S,
@@ -42,6 +47,7 @@ from tests.real_cloud import (
 )
 
 CONFIG = Config(engine="null", echo_shape=SHAPE, max_batch_rows=16, max_request_rows=8)
+ECHO = Entry(name="echo", version="1", bundle=None)
 OPTIONS: dict[str, int | str] = {"n_blocks": 2, "stem_width": 4, "width": 8, "hidden": 16}
 
 
@@ -93,7 +99,7 @@ def test_a_bundle_is_served_from_the_backbones_half(cloud_only: Path) -> None:
 
     async def go() -> None:
         async with serving(config) as cloud, cloud.stream("/v2/models/small/stream") as stream:
-            assert (cloud.backbone.model, cloud.backbone.version) == ("small", "7")
+            assert (cloud.model.name, cloud.model.version) == ("small", "7")
             for index, block in enumerate(manifest.blocks):
                 rows = rows_of(index, 3, block.input_shape).astype(np.float32)
                 message = wire.encode_request(
@@ -118,16 +124,19 @@ def test_a_bundle_is_served_from_the_backbones_half(cloud_only: Path) -> None:
 
 def test_a_null_engine_takes_its_shapes_from_the_bundle(cloud_only: Path) -> None:
     manifest, _ = load_backbone(cloud_only)
-    model, version, engine = build_engine(Config(bundle=str(cloud_only), engine="null"))
-    assert (model, version, engine.name) == ("small", "7", "null")
+    path = str(cloud_only)
+    entry, engine = build_engine(Config(bundle=path, engine="null"), path)
+    assert entry == Entry(name="small", version="7", bundle=path)
+    assert engine.name == "null"
     assert [b.input_shape for b in engine.blocks] == [b.input_shape for b in manifest.blocks]
 
 
 def test_an_emulated_engine() -> None:
     config = CONFIG.model_copy(update={"engine": "emulated:0.5,0.001"})
-    model, version, engine = build_engine(config)
+    entry, engine = build_engine(config, None)
+    assert entry == Entry(name="echo", version="1", bundle=None)
     assert isinstance(engine, EmulatedEngine)
-    assert (model, version, engine.costs) == ("echo", "1", [Cost(0.5, 0.001)])
+    assert engine.costs == [Cost(0.5, 0.001)]
 
 
 def test_a_bundle_that_was_tampered_with(cloud_only: Path) -> None:
@@ -136,7 +145,9 @@ def test_a_bundle_that_was_tampered_with(cloud_only: Path) -> None:
     (cloud_only / BACKBONE).write_bytes(weights)
 
     async def go() -> None:
-        Backbone(Config(bundle=str(cloud_only)), PrometheusBackend(CollectorRegistry()))
+        Backbone(
+            Config(bundle=str(cloud_only)), PrometheusBackend(CollectorRegistry()), MemoryStore()
+        )
 
     with pytest.raises(BundleError):
         asyncio.run(go())
@@ -144,13 +155,13 @@ def test_a_bundle_that_was_tampered_with(cloud_only: Path) -> None:
 
 def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(BundleError):
-        build_engine(Config(bundle=str(tmp_path / "nothing")))
+        build_engine(Config(bundle="x"), str(tmp_path / "nothing"))
 
 
 def test_a_device_that_is_not_there(cloud_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match="^engine device is 'cuda', but torch finds 0 CUDA"):
-        build_engine(Config(bundle=str(cloud_only), device="cuda"))
+        build_engine(Config(bundle="x", device="cuda"), str(cloud_only))
 
 
 def test_every_block_is_warmed_up_at_one_row_and_at_full_size(
@@ -165,7 +176,7 @@ def test_every_block_is_warmed_up_at_one_row_and_at_full_size(
         return plain(block, requests)
 
     monkeypatch.setattr(engine, "run", spy)
-    monkeypatch.setattr(module, "build_engine", lambda config: ("echo", "1", engine))
+    monkeypatch.setattr(models, "build_engine", lambda config, bundle: Loaded(ECHO, engine))
 
     async def test(cloud: Cloud) -> None:
         assert warmed == [
@@ -181,10 +192,10 @@ def test_every_block_is_warmed_up_at_one_row_and_at_full_size(
 def test_a_backbone_that_is_not_what_its_manifest_says(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = EchoEngine([(2, 3, 3)])
     engine.blocks = [Block((2, 3, 3), (5, 3, 3))]
-    monkeypatch.setattr(module, "build_engine", lambda config: ("echo", "1", engine))
+    monkeypatch.setattr(models, "build_engine", lambda config, bundle: Loaded(ECHO, engine))
 
     async def go() -> None:
-        Backbone(CONFIG, PrometheusBackend(CollectorRegistry()))
+        Backbone(CONFIG, PrometheusBackend(CollectorRegistry()), MemoryStore(), NoPeers())
 
     with pytest.raises(ConfigError) as raised:
         asyncio.run(go())
@@ -197,37 +208,61 @@ def test_a_backbone_that_is_not_what_its_manifest_says(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("features", "fields", "error", "sentence"),
+    ("features", "block", "error", "sentence"),
     [
-        (rows_of(0), {"model": "other"}, NotFound, "model is 'other', expected 'echo'"),
-        (rows_of(0), {"model": "echo", "model_version": "9"}, NotFound, "version of 'echo' is '9'"),
-        (rows_of(0), {"model_version": "9"}, NotFound, "version of 'echo' is '9', expected '1'"),
-        (rows_of(0), {"block": 1}, NotFound, "block is 1, expected 0 to 0"),
-        (rows_of(0, 2, (3, 3, 2)), {}, WireError, r"rows have shape \(3, 3, 2\), expected \(2, 3"),
-        (rows_of(0, 17), {}, TooLarge, "request has 17 rows, expected at most 16"),
+        (rows_of(0), 1, NotFound, "block is 1, expected 0 to 0"),
+        (rows_of(0, 2, (3, 3, 2)), 0, WireError, r"rows have shape \(3, 3, 2\), expected \(2, 3"),
+        (rows_of(0, 17), 0, TooLarge, "request has 17 rows, expected at most 16"),
     ],
 )
 def test_requests_that_no_block_can_run(
-    features: Any, fields: dict[str, Any], error: type[Exception], sentence: str
+    features: Any, block: int, error: type[Exception], sentence: str
 ) -> None:
-    request = wire.Request(features=features, scale=None, request_id="a", **fields)
+    request = wire.Request(features=features, scale=None, request_id="a", block=block)
 
     async def test(cloud: Cloud) -> None:
         with pytest.raises(error, match=f"^{sentence}"):
-            cloud.backbone.check_request(request)
+            cloud.model.check(request)
+        cloud.model.check(wire.Request(rows_of(0, 16), None, "a"))
 
     run(test)
 
 
-def test_requests_that_it_can_run() -> None:
-    async def test(cloud: Cloud) -> None:
-        for fields in ({}, {"model": "echo"}, {"model_version": "1"}, {"deadline_s": 1.0}):
-            request = wire.Request(rows_of(0, 16), None, "a", **fields)
-            cloud.backbone.check_request(request)
-        cloud.backbone.check_model("echo", None)
-        cloud.backbone.check_model("echo", "1")
+@pytest.mark.parametrize(
+    ("path", "fields", "sentence"),
+    [
+        ("echo", {"model": "other"}, "model of the message is 'other', expected 'echo'"),
+        ("echo", {"model": "echo", "model_version": "9"}, "version of 'echo' is '9', expected '1'"),
+        ("echo", {"model_version": "9"}, "version of 'echo' is '9', expected '1'"),
+        (
+            "echo/versions/1",
+            {"model_version": "9"},
+            "version of the message is '9', expected '1'",
+        ),
+        ("echo", {}, None),
+        ("echo", {"model": "echo"}, None),
+        ("echo", {"model": "echo", "model_version": "1"}, None),
+        ("echo/versions/1", {"model_version": "1"}, None),
+        ("echo/versions/1", {}, None),
+    ],
+)
+def test_path_and_message_name_the_model_together(
+    path: str, fields: dict[str, Any], sentence: str | None
+) -> None:
+    async def go() -> None:
+        async with serving(CONFIG) as cloud, http(cloud) as peer:
+            message = message_of(0, **fields)
+            unary = await peer.post(message, path=f"/v2/models/{path}/infer")
+            async with cloud.stream(f"/v2/models/{path}/stream") as stream:
+                streamed = await ask(stream, message)
+        if sentence is None:
+            assert unary.status == 200
+            assert_echoes(streamed, 0)
+        else:
+            assert (unary.status, unary.error) == (404, sentence)
+            assert (streamed.status, streamed.error) == (404, sentence)
 
-    run(test)
+    asyncio.run(go())
 
 
 # --- health -------------------------------------------------------------------------------------
@@ -236,7 +271,7 @@ def test_requests_that_it_can_run() -> None:
 def offer(cloud: Cloud, seed: int) -> asyncio.Future[Any]:
     """A request straight into the batcher."""
     answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    cloud.backbone.batcher.offer(Job(0, Rows(rows_of(seed), None), answer.set_result))
+    cloud.model.batcher.offer(Job(0, Rows(rows_of(seed), None), answer.set_result))
     return answer
 
 
@@ -311,6 +346,8 @@ def test_every_metric_of_the_table_moves(monkeypatch: pytest.MonkeyPatch) -> Non
     async def go() -> None:
         async with serving(CONFIG) as cloud:
             before = totals(cloud)
+            async with cloud.stream():
+                pass
             async with cloud.stream() as stream:
                 cloud.gate.close()
                 await stream.send(message_of(0))
@@ -338,7 +375,7 @@ def test_outcomes_are_counted_as_they_were_answered() -> None:
             assert_echoes(await ask(stream, message_of(2)), 2)
             assert (await ask(stream, message_of(3, deadline_s=0))).status == 408
             assert (await ask(stream, message_of(4, rows=9))).status == 413
-            assert cloud.backbone.traffic.requests == {
+            assert cloud.outcomes == {
                 "ok": 2,
                 "400": 1,
                 "404": 1,

@@ -15,6 +15,12 @@ def test_the_page_is_what_the_results_give() -> None:
     assert (page.DOCS / "benchmarks.md").read_text() == page.page()
 
 
+def test_the_decision_on_transports_has_the_result() -> None:
+    result = json.loads((page.DOCS / "benchmarks/transports.json").read_text())
+    text = page.TRANSPORTS.read_text()
+    assert text == page.decision(text, result)
+
+
 @pytest.mark.parametrize("name", page.QUESTIONS)
 def test_every_question_has_its_result(name: str) -> None:
     result = json.loads((page.DOCS / "benchmarks" / f"{name}.json").read_text())

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -267,7 +267,7 @@ async def test_no_more_groups_are_under_way_than_allowed() -> None:
 
 
 @asynchronous
-async def test_a_dropped_connection_is_opened_again_and_the_same_bytes_sent() -> None:
+async def test_a_dropped_connection_is_opened_again_and_the_same_request_sent() -> None:
     dropped: set[int] = set()
 
     def drops_twice(connection: Connection, request: wire.Request) -> None:
@@ -295,8 +295,9 @@ async def test_a_dropped_connection_is_opened_again_and_the_same_bytes_sent() ->
     assert client.retries == 2
     assert inner.connections == 3
     assert len(sent) == 4
-    assert sent[0] == sent[1]  # id and bytes
-    assert sent[2] == sent[3]
+    assert all(one[0] == other[0] for one, other in (sent[0:2], sent[2:4]))
+    assert_same_but_for_the_deadline([sent[0][1], sent[1][1]])
+    assert_same_but_for_the_deadline([sent[2][1], sent[3][1]])
     assert sent[0][0] != sent[2][0]
 
 
@@ -329,7 +330,7 @@ async def test_a_busy_cloud_is_asked_again(status: int, clock: Clock) -> None:
     assert client.retries == 4
     for attempts in transport.sent.values():
         assert len(attempts) == 3
-        assert len(set(attempts)) == 1  # the same bytes each time
+        assert_same_but_for_the_deadline(attempts)
 
 
 @asynchronous
@@ -340,7 +341,49 @@ async def test_the_wait_that_the_cloud_asks_for_is_kept(clock: Clock) -> None:
         )
 
     await Client(Scripted(full_at_first), FakeDevice()).infer(raw_inputs(1))
-    assert clock.slept == [3.5, 3.5]  # one for each round
+    assert len(clock.slept) == 2  # one for each round
+    assert all(3.5 <= slept <= 3.85 for slept in clock.slept)
+    assert clock.slept[0] != clock.slept[1]  # not all devices at the same moment
+
+
+@asynchronous
+async def test_the_wait_in_an_http_header_is_kept(clock: Clock) -> None:
+    def full_at_first(received: Received) -> Reply:
+        if len(http.received) % 2:
+            return Reply(429, b'{"error": "full"}', {"Retry-After": "4"})
+        return Reply(200, answer(wire.decode_request(received.body)))
+
+    http, device = FakeHttp(full_at_first), FakeDevice()
+    async with http.serve(), Client(http.url, device, transport="unary") as client:
+        assert close_to(await client.infer(raw_inputs(4)), device.local(raw_inputs(4)))
+    assert client.retries == len(clock.slept) == 2
+    assert all(4 <= slept <= 4.4 for slept in clock.slept)
+
+
+@asynchronous
+async def test_a_retry_tells_what_is_left_of_the_deadline(clock: Clock) -> None:
+    def busy_at_first(request: wire.Request, attempt: int) -> bytes:
+        return refusing(503)(request, attempt) if attempt < 4 else answer(request)
+
+    transport = Scripted(busy_at_first)
+    config = ClientConfig(timeout_s=20, first_backoff_s=1)
+    await Client(transport, FakeDevice(rounds=1), config=config).infer(raw_inputs(1))
+    (attempts,) = transport.sent.values()
+    left = [wire.decode_request(message).deadline_s for message in attempts]
+    waited = [0.0, *np.cumsum(clock.slept)]
+    assert left == pytest.approx([20 - passed for passed in waited], abs=0.002)
+    assert_same_but_for_the_deadline(attempts)
+
+
+def assert_same_but_for_the_deadline(messages: Sequence[bytes]) -> None:
+    """The cloud learns nothing from a second attempt that it did not know from the first."""
+    requests = [wire.decode_request(message) for message in messages]
+    assert len({request.features.tobytes() for request in requests}) == 1
+    nothing = np.empty(0)
+    fixed = [request._replace(features=nothing, deadline_s=None)[1:] for request in requests]
+    assert all(request == fixed[0] for request in fixed)
+    left = [request.deadline_s or 0 for request in requests]
+    assert sorted(left, reverse=True) == left
 
 
 @asynchronous
@@ -565,7 +608,7 @@ async def test_a_cancelled_inference_leaves_nothing_behind() -> None:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert transport._waiting == {}
+            assert not any(connection.waiting for connection in transport._open)
 
 
 @asynchronous
@@ -613,7 +656,7 @@ async def test_unary_outlives_a_proxy_without_a_server(status: int) -> None:
         async with Client(server.url, device, transport="unary", config=config) as client:
             assert close_to(await client.infer(raw_inputs(2)), device.local(raw_inputs(2)))
         assert client.retries == 2
-        assert server.received[0].body == server.received[2].body
+        assert_same_but_for_the_deadline([received.body for received in server.received[:3]])
 
 
 @asynchronous

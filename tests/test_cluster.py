@@ -1,12 +1,16 @@
 """The whole of it on a real cluster: Ray, HAProxy, WebSockets, the shipped bundle, real images."""
 
 import asyncio
+import contextlib
+import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -177,6 +181,69 @@ def test_a_killed_replica_loses_nothing(
     assert get(f"{cluster.url}/v2/stats")["replica"] != before
 
 
+def test_a_new_version_is_swapped_in_under_load(
+    cluster: Served,
+    device: TorchDevice,
+    images: npt.NDArray[np.uint8],
+    local: Floats,
+    tmp_path: Path,
+) -> None:
+    """Load, promote, kill the replica, roll back, unload: 20 clients notice nothing but a retry."""
+    newer = tmp_path / "newer"
+    shutil.copytree(BUNDLE, newer)
+    manifest = json.loads((newer / "manifest.json").read_text())
+    name, version = manifest["name"], manifest["version"]
+    (newer / "manifest.json").write_text(json.dumps(manifest | {"version": "next"}))
+    other = TorchDevice(newer)
+    done = threading.Event()
+
+    async def one(number: int) -> int:
+        device_ = (device, other)[number % 2]
+        answered = 0
+        async with Client(cluster.url, device_) as client:
+            while not done.is_set():
+                start = (number * 40 + answered) % 900
+                assert_same(await client.infer(images[start : start + 4]), local[start : start + 4])
+                answered += 1
+        return answered
+
+    def models(*words: str) -> str:
+        result = _datamix("models", *words, "--address", cluster.address)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def current() -> str:
+        return str(get(f"{cluster.url}/v2/models/{name}")["parameters"]["version"])
+
+    assert "ready on every replica" in models("load", str(newer))
+
+    async def all_of_them() -> list[int]:
+        def commands() -> None:
+            try:
+                models("promote", name, "next")
+                assert current() == "next"
+                models("rollback", name)
+                assert current() == version
+                models("promote", name, "next")
+            finally:
+                done.set()
+
+        work = asyncio.create_task(asyncio.to_thread(commands))
+        answered = await asyncio.gather(*(one(number) for number in range(20)))
+        await work
+        return answered
+
+    assert all(count > 0 for count in asyncio.run(all_of_them()))
+    os.kill(get(f"{cluster.url}/v2/stats")["pid"], signal.SIGKILL)
+    with SyncClient(cluster.url, other) as client:  # waits, and tries again
+        assert_same(client.infer(images[:4]), local[:4])
+    assert current() == "next"  # the new replica serves what the old one did
+    models("rollback", name)
+    models("unload", name, "next")
+    (row,) = json.loads(models("list", "--json"))
+    assert (row["version"], row["current"], row["ready"]) == (version, True, 1)
+
+
 def test_a_fleet_is_answered_right(cluster: Served, tmp_path: Path) -> None:
     report = tmp_path / "fleet.json"
     command = ["simulate", "--url", cluster.url, "--bundle", cluster.bundle, "--devices", "200"]
@@ -243,6 +310,70 @@ def test_ctrl_c_while_ray_starts_leaves_no_process() -> None:
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert gone(mark, 5) == []
+
+
+@pytest.mark.timeout(240)
+def test_a_new_replica_gets_its_share_of_the_streams(
+    device: TorchDevice, images: npt.NDArray[np.uint8], local: Floats
+) -> None:
+    """One of two replicas is killed under load: its successor takes streams over, none fails."""
+    count = 24
+
+    rotated: dict[str, int] = {}
+
+    def open_streams(url: str) -> dict[str, int]:
+        """Streams of every replica; each call of a new connection may reach another one."""
+        found = {}
+        for _ in range(12):
+            with contextlib.suppress(OSError, http.client.HTTPException):  # one was just killed
+                stats = get(f"{url}/v2/stats")
+                found[stats["replica"]] = stats["open_streams"]
+                rotated[stats["replica"]] = stats["streams_closed"].get("rotated", 0)
+        return found
+
+    def until(url: str, condition: Any) -> dict[str, int]:
+        deadline = time.monotonic() + 60
+        while not condition(streams := open_streams(url)):
+            assert time.monotonic() < deadline, streams
+            time.sleep(0.5)
+        return streams
+
+    with serving("--replicas", "2") as served:
+        done = threading.Event()
+        patience = ClientConfig(timeout_s=60, attempt_timeout_s=5, retry_reserve=100)
+
+        async def one(number: int) -> int:
+            answered = 0
+            async with Client(served.url, device, config=patience) as client:
+                while not done.is_set():
+                    start = (number * 40 + answered) % 900
+                    outputs = await client.infer(images[start : start + 4])
+                    assert_same(outputs, local[start : start + 4])
+                    answered += 1
+                    await asyncio.sleep(0.05)
+            return answered
+
+        def commands() -> None:
+            try:
+
+                def both(streams: dict[str, int]) -> bool:
+                    return len(streams) == 2 and min(streams.values()) >= count / 4
+
+                before = until(served.url, both)
+                os.kill(get(f"{served.url}/v2/stats")["pid"], signal.SIGKILL)
+                after = until(served.url, lambda s: both(s) and s.keys() != before.keys())
+                (survivor,) = before.keys() & after.keys()
+                until(served.url, lambda streams: rotated[survivor] > 0 and both(streams))
+            finally:
+                done.set()
+
+        async def all_of_them() -> list[int]:
+            work = asyncio.create_task(asyncio.to_thread(commands))
+            answered = await asyncio.gather(*(one(number) for number in range(count)))
+            await work
+            return answered
+
+        assert all(number > 0 for number in asyncio.run(all_of_them()))
 
 
 def test_a_taken_port_is_one_sentence(cluster: Served) -> None:

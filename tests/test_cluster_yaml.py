@@ -1,8 +1,11 @@
 """cluster.yaml against Ray's own schema, offline, and against traps it cannot see."""
 
+import ast
 import copy
 import re
 import shlex
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +148,22 @@ def test_image_and_packages_are_pinned(config: dict[str, Any], constraints: dict
     packages = [w.partition("[")[0] for w in words[words.index("-c") + 2 :]]
     assert "torch" in packages and [p for p in packages if p not in constraints] == []
     assert config["head_setup_commands"] == config["worker_setup_commands"] == []
+
+
+def test_what_the_cloud_imports_is_installed(config: dict[str, Any]) -> None:
+    (install,) = config["setup_commands"]
+    words = shlex.split(install)
+    installed = {w.partition("[")[0] for w in words[words.index("-c") + 2 :]}
+    imported = set()
+    for path in (*(ROOT / "datamix").glob("*.py"), *(ROOT / "deployments").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    foreign = imported - sys.stdlib_module_names - {"datamix", "deployments"}
+    packages = {packages_distributions()[name][0].lower().replace("_", "-") for name in foreign}
+    assert packages - installed == {"uvicorn"}  # which ray[serve] brings
 
 
 def test_the_pins_fit_pyproject(constraints: dict[str, str]) -> None:

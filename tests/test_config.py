@@ -115,6 +115,18 @@ ENGINE = "expected torch, null, emulated:a_s,b_s in seconds or emulated:PATH.jso
             {"bundle": "b", "health_timeout_s": float("inf")},
             "health_timeout_s: Input should be a finite number",
         ),
+        *(
+            ({"bundle": "b", key: 0}, f"{key}: Input should be greater than 0")
+            for key in ("stream_idle_timeout_s", "slow_reader_timeout_s")
+        ),
+        (
+            {"bundle": "b", "max_stream_buffer_bytes": 65535},
+            "max_stream_buffer_bytes: Input should be greater than or equal to 65536",
+        ),
+        (
+            {"bundle": "b", "tokens_file": ""},
+            "tokens_file: String should have at least 1 character",
+        ),
         ({"engine": "null", "echo_shape": (2, 0)}, "echo_shape.1: Input should be greater than 0"),
         (
             {"engine": "null", "echo_shape": ()},

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.cost import CostModel
+from deployments.cost import CostModel, Lateness
 
 durations = st.floats(0.0, 100.0)
 samples = st.lists(st.tuples(st.integers(1, 4096), durations), min_size=1, max_size=80)
@@ -116,3 +116,35 @@ def test_rows_within_is_the_largest_batch_that_keeps_the_time(
     assert 1 <= rows <= most
     assert rows == 1 or model.predict(rows) <= seconds * (1 + 1e-9)
     assert rows == most or model.predict(rows + 1) > seconds * (1 - 1e-9)
+
+
+def test_answers_on_time_need_no_allowance() -> None:
+    lateness = Lateness()
+    for late_s in (0.0, -0.5, -0.1):
+        lateness.observe(late_s)
+    assert lateness.allowance_s == 0.0
+
+
+@given(st.floats(0.001, 1.0), st.integers(0, 2**32 - 1))
+def test_the_allowance_covers_what_is_usual(late_s: float, seed: int) -> None:
+    """Of answers late by up to twice ``late_s`` at random, nearly all are within the allowance."""
+    lateness = Lateness()
+    draws = random.Random(seed)
+    for _ in range(300):
+        lateness.observe(draws.uniform(0, 2 * late_s))
+    within = sum(draws.uniform(0, 2 * late_s) <= lateness.allowance_s for _ in range(300))
+    assert within > 270
+    assert lateness.allowance_s < 4 * late_s
+
+
+def test_the_allowance_follows_a_machine_that_became_busy() -> None:
+    lateness = Lateness()
+    for _ in range(100):
+        lateness.observe(0.001)
+    calm_s = lateness.allowance_s
+    for _ in range(100):
+        lateness.observe(0.05)
+    assert calm_s < 0.005 < 0.05 < lateness.allowance_s < 0.1
+    for _ in range(200):
+        lateness.observe(0.001)
+    assert lateness.allowance_s < 0.005

@@ -293,6 +293,19 @@ def test_the_time_left_counts_every_batch_under_way() -> None:
     assert thread.dispatch.wait_s(now) == pytest.approx(1.5 + 1.8 + 1.4, rel=0.01)
 
 
+def test_a_batch_that_hides_behind_no_other_is_not_late_for_its_copy() -> None:
+    thread = Thread()
+    thread.teach()
+    thread.offer(4)
+    alone = thread.start()
+    assert alone.ends(alone.started) == pytest.approx(alone.started + 1.5, rel=0.01)
+    thread.clock.now += 1.4
+    thread.offer(4)
+    behind = thread.start()
+    landed = alone.started + 1.5
+    assert behind.ends(landed) == pytest.approx(landed + 1.4, rel=0.01)
+
+
 def test_a_deadline_is_checked_against_both_batches() -> None:
     thread = Thread()
     thread.teach()

@@ -248,6 +248,38 @@ def test_no_cloud() -> None:
         doctor.check_cloud("ws://127.0.0.1")
 
 
+@pytest.mark.parametrize(
+    ("url", "without_token", "expected"),
+    [
+        ("http://127.0.0.1:8000", 200, {}),
+        ("http://localhost", 200, {}),
+        ("http://[::1]:8000", 200, {}),
+        ("http://10.0.0.1:8000", 200, {"tokens": "warn", "TLS": "warn"}),
+        ("http://10.0.0.1:8000", 401, {"tokens": "ok", "TLS": "warn"}),
+        ("https://cloud.example", 200, {"tokens": "warn", "TLS": "ok"}),
+        ("https://cloud.example", 401, {"tokens": "ok", "TLS": "ok"}),
+        ("https://cloud.example", 503, {"TLS": "ok"}),  # what is wrong then, another check says
+    ],
+)
+def test_who_gets_in(url: str, without_token: int, expected: dict[str, str]) -> None:
+    found = list(doctor.check_entrance(url, without_token))
+    assert statuses(found) == expected
+    assert all(bool(check.fix) == (check.status == "warn") for check in found)
+
+
+def test_a_cloud_is_asked_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+
+    def check(url: str, without_token: int | None) -> list[Check]:
+        asked.append(without_token)
+        return []
+
+    monkeypatch.setattr(doctor, "check_entrance", check)
+    with front(None, 200, 401) as url:
+        doctor.check_cloud(url)
+    assert asked == [401]
+
+
 @pytest.mark.cluster
 def test_a_real_cloud_has_haproxy_in_front(cluster: Any) -> None:
     found = statuses(doctor.diagnose(url=cluster.url, bundle=str(cluster.bundle), devices=10))

@@ -23,6 +23,7 @@ COUNTERS = {
     "rows_in_window": 0,
     "retries": 0,
     "reconnects": 0,
+    "moved": 0,
     "duplicates": 0,
     "late": 0,
     "misrouted": 0,

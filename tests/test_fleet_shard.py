@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from picows import WSCloseCode, WSTransport
 
 from datamix import wire
 from datamix.errors import Unavailable
@@ -111,6 +112,42 @@ def test_dropped_connections_cost_retries_and_lose_nothing() -> None:
     assert flown.counters.retries == flown.table["retries"].sum() >= len(seen)
     assert flown.counters.requests_sent == 150 + flown.counters.retries
     assert flown.counters.reconnects >= len(seen)
+
+
+def test_a_moved_stream_costs_no_retry_and_loses_nothing() -> None:
+    """Every fourth message is not read any more, nor what comes after it on the same stream."""
+
+    messages: Counter[WSTransport] = Counter()
+
+    def move(connection: Connection, request: wire.Request) -> None:
+        transport = connection.transport
+        messages[transport] += 1
+        if messages[transport] < 4:
+            connection.later(0.02, echo(request))
+        elif messages[transport] == 4:
+            even = connection.cloud.streams % 2 == 0
+            code = WSCloseCode.SERVICE_RESTART if even else WSCloseCode.GOING_AWAY
+            asyncio.get_running_loop().call_later(0.03, transport.send_close, code)
+
+    flown = fly(move)
+    assert statuses(flown) == {result.OK: 150}
+    assert flown.counters.moved > 20
+    assert flown.counters.reconnects > 20
+    assert flown.counters.retries == 0
+    assert flown.counters.requests_sent == 150 + flown.counters.moved
+    assert flown.table["sent_s"].max() < 0.4  # when it was first sent
+
+
+def test_a_cloud_that_sends_everybody_away_is_not_stormed() -> None:
+    streams: list[int] = []
+
+    def leave(connection: Connection, request: wire.Request) -> None:
+        streams.append(connection.cloud.streams)
+        connection.transport.send_close(WSCloseCode.SERVICE_RESTART)
+
+    flown = fly(leave, devices=1, rate=10, duration_s=0.2, timeout_s=1.0)
+    assert set(statuses(flown)) <= {result.CONNECTION, result.TIMEOUT}
+    assert streams[-1] <= 2 + 1.2 / 0.025  # the shortest back-off
 
 
 def test_a_stall_shows_in_the_latency_from_the_schedule() -> None:

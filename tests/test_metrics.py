@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from deployments.dispatch import Statistics
-from deployments.metrics import TABLE, Metric, PrometheusBackend, Recorder, Traffic
+from deployments.metrics import (
+    TABLE,
+    Backend,
+    Metric,
+    ModelRecorder,
+    PrometheusBackend,
+    Traffic,
+    TrafficRecorder,
+)
 from deployments.waiting import Timing
 
-LABELS = {"model", "outcome", "close_reason", "step"}
+LABELS = {"model", "version", "outcome", "close_reason", "reason", "step"}
 UNITS = ("_seconds", "_bytes", "_rows", "_ratio")
 # Counts of things, which have no unit.
-COUNTS = {"datamix_requests_total", "datamix_batches_total", "datamix_open_streams"}
+COUNTS = {
+    "datamix_requests_total",
+    "datamix_batches_total",
+    "datamix_open_streams",
+    "datamix_streams_closed_total",
+}
 
 
 def samples(registry: CollectorRegistry) -> dict[str, float]:
@@ -31,13 +45,31 @@ def exported(metric: Metric) -> str:
     return f"{metric.name}_sum" if metric.kind == "histogram" else metric.name
 
 
-def busy_system() -> tuple[Statistics, Traffic]:
+class Replica:
+    """The totals of a replica, and what publishes them."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.model = ModelRecorder(backend, "small", "7")
+        self.replica = TrafficRecorder(backend)
+        self.statistics, self.outcomes, self.traffic = Statistics(), Counter[str](), Traffic()
+
+    def work(self) -> None:
+        self.statistics, self.outcomes, self.traffic = busy_system()
+        self.model.batch(Timing(queue_s=0.02, compute_s=0.01, batch_rows=8, close_reason="full"))
+
+    def publish(self, queue_rows: int = 5) -> None:
+        self.model.publish(self.statistics, self.outcomes, queue_rows)
+        self.replica.publish(self.traffic)
+
+
+def busy_system() -> tuple[Statistics, Counter[str], Traffic]:
     """Totals as they stand after some work."""
     statistics = Statistics(busy_s=0.5, batches=3, rows=12, queue_s=0.1, copied_bytes=700)
     statistics.close_reasons.update({"engine_free": 2, "full": 1})
     traffic = Traffic(received_bytes=1000, sent_bytes=2000, open_streams=2)
-    traffic.requests.update({"ok": 4, "429": 1})
-    return statistics, traffic
+    traffic.streams_closed.update({"peer": 7, "idle": 2})
+    traffic.astray.update({"404": 3})
+    return statistics, Counter({"ok": 4, "429": 1}), traffic
 
 
 # --- the table ----------------------------------------------------------------------------------
@@ -61,7 +93,6 @@ def test_a_metric_follows_the_conventions_of_prometheus(metric: Metric) -> None:
 
 @pytest.mark.parametrize("metric", TABLE, ids=lambda metric: metric.name)
 def test_labels_come_from_a_small_fixed_set(metric: Metric) -> None:
-    assert "model" in metric.labels
     assert set(metric.labels) <= LABELS
     assert len(set(metric.labels)) == len(metric.labels)
 
@@ -78,10 +109,10 @@ def test_histograms_have_rising_buckets_and_nothing_else_has_any(metric: Metric)
 
 def test_every_metric_of_the_table_moves() -> None:
     registry = CollectorRegistry()
-    recorder = Recorder(PrometheusBackend(registry), "small")
+    replica = Replica(PrometheusBackend(registry))
     before = samples(registry)
-    recorder.batch(Timing(queue_s=0.02, compute_s=0.01, batch_rows=8, close_reason="full"))
-    recorder.publish(*busy_system(), 5)
+    replica.work()
+    replica.publish()
     after = samples(registry)
     for metric in TABLE:
         assert after[exported(metric)] > before.get(exported(metric), 0.0), metric.name
@@ -89,25 +120,33 @@ def test_every_metric_of_the_table_moves() -> None:
 
 def test_values_arrive_under_their_labels() -> None:
     registry = CollectorRegistry()
-    recorder = Recorder(PrometheusBackend(registry), "small")
-    recorder.batch(Timing(queue_s=0.02, compute_s=0.01, batch_rows=8, close_reason="full"))
-    recorder.publish(*busy_system(), 5)
+    replica = Replica(PrometheusBackend(registry))
+    replica.work()
+    replica.publish()
 
     def value(name: str, **labels: str) -> float | None:
-        return registry.get_sample_value(name, {"model": "small", **labels})
+        of_model = {"model": "small", "version": "7", **labels}
+        return registry.get_sample_value(name, of_model)
+
+    def total(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, labels)
 
     assert value("datamix_requests_total", outcome="ok") == 4
     assert value("datamix_requests_total", outcome="429") == 1
+    assert total("datamix_requests_total", model="", version="", outcome="404") == 3
     assert value("datamix_batches_total", close_reason="engine_free") == 2
     assert value("datamix_batches_total", close_reason="full") == 1
     assert value("datamix_rows_total") == 12
     assert value("datamix_engine_busy_seconds_total") == 0.5
-    assert value("datamix_received_bytes_total") == 1000
-    assert value("datamix_sent_bytes_total") == 2000
-    assert value("datamix_copied_bytes_total", step="receive") == 1000
+    assert total("datamix_received_bytes_total") == 1000
+    assert total("datamix_sent_bytes_total") == 2000
+    assert total("datamix_copied_bytes_total", model="", version="", step="receive") == 1000
+    assert total("datamix_copied_bytes_total", model="", version="", step="send") == 2000
     assert value("datamix_copied_bytes_total", step="batch") == 700
     assert value("datamix_queue_rows") == 5
-    assert value("datamix_open_streams") == 2
+    assert total("datamix_open_streams") == 2
+    assert total("datamix_streams_closed_total", reason="peer") == 7
+    assert total("datamix_streams_closed_total", reason="idle") == 2
     assert value("datamix_batch_rows_sum") == 8
     assert value("datamix_batch_rows_bucket", le="8.0") == 1
     assert value("datamix_batch_rows_bucket", le="4.0") == 0
@@ -117,16 +156,16 @@ def test_values_arrive_under_their_labels() -> None:
 
 def test_publishing_twice_counts_once() -> None:
     registry = CollectorRegistry()
-    recorder = Recorder(PrometheusBackend(registry), "small")
-    statistics, traffic = busy_system()
-    recorder.publish(statistics, traffic, 5)
+    replica = Replica(PrometheusBackend(registry))
+    replica.work()
+    replica.publish()
     once = samples(registry)
-    recorder.publish(statistics, traffic, 5)
+    replica.publish()
     assert samples(registry) == once
-    statistics.rows += 3
-    traffic.requests["ok"] += 1
-    traffic.open_streams = 0
-    recorder.publish(statistics, traffic, 0)
+    replica.statistics.rows += 3
+    replica.outcomes["ok"] += 1
+    replica.traffic.open_streams = 0
+    replica.publish(queue_rows=0)
     grown = samples(registry)
     assert grown["datamix_rows_total"] == once["datamix_rows_total"] + 3
     assert grown["datamix_requests_total"] == once["datamix_requests_total"] + 1
@@ -141,11 +180,11 @@ def test_a_counter_is_never_asked_to_add_nothing() -> None:
             assert metric.kind != "counter" or value > 0
             assert set(labels) == set(metric.labels)
 
-    recorder = Recorder(Strict(), "small")
-    recorder.publish(Statistics(), Traffic(), 0)
-    statistics, traffic = busy_system()
+    replica = Replica(Strict())
+    replica.publish()
+    replica.work()
     for _ in range(2):
-        recorder.publish(statistics, traffic, 5)
+        replica.publish()
 
 
 def test_a_registry_takes_the_table_once() -> None:

@@ -545,9 +545,8 @@ def test_faults_get_their_status_and_touch_nothing_else() -> None:
                 assert_plain(reply.error)
                 good = await post(peer, *GOOD_JSON)
                 assert good.json()["outputs"][0]["data"] == FLAT, name
-            traffic = cloud.backbone.traffic
-            assert traffic.requests["ok"] == len(FAULTS)
-            assert traffic.requests.total() == 2 * len(FAULTS)
+            assert cloud.outcomes["ok"] == len(FAULTS)
+            assert cloud.outcomes.total() == 2 * len(FAULTS)
             assert not cloud.queued
 
     run(test)

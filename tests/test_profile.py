@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from datamix.errors import ConfigError
-from deployments.backbone import build_engine
 from deployments.config import Config
 from deployments.emulated import Cost, EmulatedEngine
+from deployments.model import build_engine
 from deployments.profile import Profile, emulate, read_profile
 
 GOOD: dict[str, Any] = {
@@ -100,7 +100,7 @@ def test_an_engine_is_made_of_it(tmp_path: Path) -> None:
     config = Config(
         engine=f"emulated:{path}", echo_shape=(2, 3, 3), max_batch_rows=64, max_request_rows=8
     )
-    _, _, engine = build_engine(config)
+    _, engine = build_engine(config, None)
     assert isinstance(engine, EmulatedEngine)
     assert (engine.name, engine.depth) == ("emulated:some-machine", 2)
     assert [block.input_shape for block in engine.blocks] == [(2, 3, 3)] * 2

@@ -223,7 +223,9 @@ BAD_INPUT = {
     "negative deadline": Fault(with_metadata(deadline_ms="-1"), 400, "datamix.deadline_ms is not"),
     "block name": Fault(with_metadata(block="first"), 400, "datamix.block is not"),
     "model name": Fault(with_metadata(model="../../etc"), 400, "datamix.model is not"),
-    "unknown model": Fault(with_metadata(model="other"), 404, "model is 'other', expected 'echo'"),
+    "unknown model": Fault(
+        with_metadata(model="other"), 404, "model of the message is 'other', expected 'echo'"
+    ),
     "unknown version": Fault(with_metadata(model_version="2"), 404, "version of 'echo' is '2'"),
     "unknown block": Fault(with_metadata(block="1"), 404, "block is 1, expected 0 to 0"),
     "no time left": Fault(with_metadata(deadline_ms="0"), 408, "the deadline passed before"),
@@ -352,6 +354,28 @@ def test_unknown_paths() -> None:
             long = await peer.get("/" + "x" * 5000)
             assert long.status == 404
             assert_plain(long.error)
+
+    run(test)
+
+
+def test_a_stream_through_a_server_that_has_none_of_ours_is_refused() -> None:
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def test(cloud: Cloud) -> None:
+        scope = {"type": "websocket", "path": "/v2/models/echo/stream", "extensions": {}}
+        await cloud.app(scope, receive, send)
+        assert [m["type"] for m in sent] == [
+            "websocket.http.response.start",
+            "websocket.http.response.body",
+        ]
+        assert sent[0]["status"] == 503
+        assert json.loads(sent[1]["body"])["error"].startswith("no replica takes streams")
 
     run(test)
 
@@ -509,8 +533,10 @@ class FakePeer:
         path, extensions = "/v2/models/echo/stream", {EXTENSION: self.messages}
         return {"type": "websocket", "path": path, "headers": [], "extensions": extensions}
 
-    def read(self, message: bytes) -> None:
+    def read(self, parts: list[Any]) -> int:
+        message = b"".join(parts)
         self.answers.append(wire.decode_response(message))
+        return len(message)
 
     async def receive(self) -> dict[str, Any]:
         if self.events:
@@ -531,6 +557,7 @@ class FakeTransport:
     """What a stream needs of picows to stop reading."""
 
     is_disconnected = False
+    close_handshake = None
 
     def __init__(self) -> None:
         self.underlying_transport = self
@@ -659,7 +686,7 @@ def test_a_unary_request_that_is_abandoned_is_not_computed() -> None:
             assert_echoes(wire.decode_response((await running).body), 1)
             assert_echoes(wire.decode_response((await alive).body), 3)
             assert [len(batch) for batch in cloud.gate.batches] == [1, 1]
-            assert cloud.backbone.traffic.requests == {"ok": 2}
+            assert cloud.outcomes == {"ok": 2}
 
     asyncio.run(go())
 
@@ -672,7 +699,7 @@ def test_a_fault_nobody_foresaw_is_answered_and_hurts_nobody(
 
     async def test(cloud: Cloud) -> None:
         async with http(cloud) as peer, cloud.stream() as stream:
-            for name in ("encode_response", "decode_request"):
+            for name in ("response_parts", "decode_request"):
                 with monkeypatch.context() as patch:
                     patch.setattr(wire, name, broken)
                     reply = await peer.post(message_of(1))
@@ -713,7 +740,7 @@ def test_a_full_queue() -> None:
             for seed in range(1, 9):
                 assert_echoes(await answer(stream), seed, 4)
             assert_echoes(wire.decode_response((await peer.post(message_of(9))).body), 9)
-            assert cloud.backbone.traffic.requests == {"ok": 10, "429": 2}
+            assert cloud.outcomes == {"ok": 10, "429": 2}
 
     run(test)
 
@@ -764,12 +791,12 @@ def test_an_output_that_int8_cannot_hold() -> None:
         def overflow(block: int, requests: Any) -> Settled:
             return Settled([np.full(rows.features.shape, np.inf, np.float32) for rows in requests])
 
-        cloud.backbone.engine.start = overflow  # type: ignore[method-assign]
+        cloud.model.engine.start = overflow  # type: ignore[method-assign]
         async with http(cloud) as peer:
             reply = await peer.post(message_of(0, dtype="int8"))
             assert reply.status == 422
             assert reply.error == "the output of block 0 holds NaN or Inf"
-        assert cloud.backbone.traffic.requests == {"422": 1}
+        assert cloud.outcomes == {"422": 1}
 
     run(test)
 
@@ -859,7 +886,7 @@ def test_a_stream_that_closes_takes_its_waiting_requests_along() -> None:
         async with cloud.stream() as stream:
             assert_echoes(await ask(stream, message_of(9)), 9)
         assert [len(batch) for batch in cloud.gate.batches] == [1, 1]
-        assert cloud.backbone.traffic.requests == {"ok": 1}
+        assert cloud.outcomes == {"ok": 1}
 
     run(test)
 
@@ -902,7 +929,7 @@ def test_fifty_streams_get_their_own_answers() -> None:
 
     async def test(cloud: Cloud) -> None:
         await asyncio.gather(*(device(cloud, number) for number in range(50)))
-        assert cloud.backbone.traffic.requests == {"ok": 50 * messages}
+        assert cloud.outcomes == {"ok": 50 * messages}
         assert max(len(batch) for batch in cloud.gate.batches) > 1  # they did share batches
 
     run(test, config)
@@ -1012,6 +1039,7 @@ def test_metadata_and_health() -> None:
             assert (model["name"], model["versions"]) == ("echo", ["1"])
             assert model["inputs"] == model["outputs"] == [tensor]
             assert model["parameters"] == {
+                "version": "1",
                 "engine": "null",
                 "blocks": [{"input_shape": list(SHAPE), "output_shape": list(SHAPE)}],
                 "max_request_rows": 8,

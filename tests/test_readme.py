@@ -30,13 +30,25 @@ def commands(text: str) -> list[list[str]]:
 def parse(words: list[str]) -> None:
     """Parse as `datamix` would, without running anything; exits or raises on a wrong usage."""
     command: Any = typer.main.get_command(cli.app)
-    root = command.make_context("datamix", list(words), resilient_parsing=False)
-    name, found, rest = command.resolve_command(root, [*root._protected_args, *root.args])
-    found.make_context(name, rest, parent=root)
+    context = command.make_context("datamix", list(words), resilient_parsing=False)
+    while hasattr(command, "resolve_command"):
+        rest = [*context._protected_args, *context.args]
+        name, command, rest = command.resolve_command(context, rest)
+        context = command.make_context(name, rest, parent=context)
 
 
 COMMANDS = commands(README)
 DATAMIX = [words[1:] for words in COMMANDS if words[0] == "./dev" and words[1] not in ("test",)]
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ELSEWHERE = [
+    words[1:]
+    for page in PAGES[1:]
+    for line in "\n".join(blocks(page.read_text(), "sh")).replace("\\\n", " ").splitlines()
+    if re.match(r"\./dev (?!check|lock|test)", line)
+    for words in [shlex.split(line, comments=True)]
+]
 
 
 def test_the_readme_has_what_is_tested_here() -> None:
@@ -45,7 +57,9 @@ def test_the_readme_has_what_is_tested_here() -> None:
     assert {words[0] for words in DATAMIX} >= {"demo", "serve", "doctor", "evaluate", "simulate"}
 
 
-@pytest.mark.parametrize("words", [w for w in DATAMIX if "--help" not in w], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [w for w in (*DATAMIX, *ELSEWHERE) if "--help" not in w], ids=" ".join
+)
 def test_commands_are_well_formed(words: list[str]) -> None:
     parse(words)
 
@@ -92,9 +106,6 @@ def test_the_python_runs_against_a_cluster(
     assert len(lines) == 10 and names["outputs"].shape == (10, 10)
     right = (names["outputs"].argmax(axis=1) == names["sample"].labels[:10]).sum()
     assert right >= 8  # the bundle is right nine times out of ten
-
-
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

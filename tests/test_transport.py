@@ -52,6 +52,11 @@ async def send_all(transport: Transport, count: int, timeout_s: float = 5.0) -> 
     return await asyncio.gather(*sends, return_exceptions=True)
 
 
+def under_way(transport: StreamTransport) -> list[str]:
+    """Ids of the requests that the transport still remembers."""
+    return [request_id for connection in transport._open for request_id in connection.waiting]
+
+
 # --- URLs ---------------------------------------------------------------------------------------
 
 
@@ -109,7 +114,7 @@ async def test_one_connection_carries_many_requests() -> None:
             assert (answer.request_id, answer.status) == (f"r-{i}", 200)
             assert np.all(answer.values() == i)
         assert (transport.connections, cloud.streams, transport.unmatched) == (1, 1, 0)
-        assert transport._waiting == {}
+        assert under_way(transport) == []
         await transport.close()
 
 
@@ -259,9 +264,9 @@ async def test_a_lost_connection_fails_what_was_under_way_and_is_opened_again() 
 
 
 @asynchronous
-async def test_a_goodbye_of_the_cloud_is_a_lost_connection() -> None:
+async def test_a_goodbye_for_another_reason_is_a_lost_connection() -> None:
     def leaving(connection: Connection, request: wire.Request) -> None:
-        connection.transport.send_close(WSCloseCode.GOING_AWAY, b"draining")
+        connection.transport.send_close(WSCloseCode.INTERNAL_ERROR)
 
     cloud = FakeCloud(leaving)
     async with cloud.serve():
@@ -271,6 +276,81 @@ async def test_a_goodbye_of_the_cloud_is_a_lost_connection() -> None:
         cloud.behaviour = polite
         assert (await transport.send(message("b"), "b", 5)).status == 200
         await transport.close()
+
+
+@pytest.mark.parametrize("code", [WSCloseCode.GOING_AWAY, WSCloseCode.SERVICE_RESTART])
+@asynchronous
+async def test_a_moved_stream_is_opened_again_and_nothing_has_failed(code: WSCloseCode) -> None:
+    """Half of what was sent is answered, the rest was not read."""
+
+    def leaving(connection: Connection, request: wire.Request) -> None:
+        cloud = connection.cloud
+        if cloud.streams > 1 or cloud.requests <= 5:
+            polite(connection, request)
+        elif cloud.requests == 6:
+            connection.transport.send_close(code)
+
+    cloud = FakeCloud(leaving)
+    async with cloud.serve():
+        transport = StreamTransport(cloud.url, "echo")
+        answers = await send_all(transport, 10)
+        for i, answer in enumerate(answers):
+            assert (answer.request_id, answer.status) == (f"r-{i}", 200)
+            assert np.all(answer.values() == i)
+        assert (transport.connections, transport.moved, transport.unmatched) == (2, 5, 0)
+        assert under_way(transport) == []
+        assert (await transport.send(message("b"), "b", 5)).status == 200
+        await transport.close()
+    assert len(cloud.open) == 0
+
+
+@asynchronous
+async def test_a_cloud_that_sends_everybody_away_is_unavailable() -> None:
+    def leaving(connection: Connection, request: wire.Request) -> None:
+        connection.transport.send_close(WSCloseCode.SERVICE_RESTART)
+
+    cloud = FakeCloud(leaving)
+    async with cloud.serve():
+        transport = StreamTransport(cloud.url, "echo")
+        with pytest.raises(Unavailable, match="moved the stream 4 times in a row"):
+            await transport.send(message("a"), "a", 5)
+        assert cloud.streams == 4
+        await transport.close()
+
+
+@asynchronous
+async def test_a_stream_whose_token_is_gone_is_unauthorized() -> None:
+    def leaving(connection: Connection, request: wire.Request) -> None:
+        connection.transport.send_close(WSCloseCode.POLICY_VIOLATION)
+
+    cloud = FakeCloud(leaving)
+    async with cloud.serve():
+        transport = StreamTransport(cloud.url, "echo")
+        for answer in await send_all(transport, 3):
+            assert type(error_of(answer)) is Unauthorized
+        await transport.close()
+
+
+@asynchronous
+async def test_closing_does_not_wait_for_a_cloud_that_moved_the_stream_and_hangs() -> None:
+    def hang(connection: Connection, request: wire.Request) -> None:
+        if connection.cloud.streams == 1:
+            connection.transport.send_close(WSCloseCode.SERVICE_RESTART)
+            connection.transport.underlying_transport.pause_reading()
+        else:
+            polite(connection, request)
+
+    cloud = FakeCloud(hang)
+    async with cloud.serve():
+        transport = StreamTransport(cloud.url, "echo")
+        large = wire.encode_request(np.zeros((2, 1 << 21), np.float32), request_id="large")
+        sends = [transport.send(message("a"), "a", 5), transport.send(large, "large", 5)]
+        assert [answer.status for answer in await asyncio.gather(*sends)] == [200, 200]
+        (hanging, _) = sorted(transport._open, key=lambda connection: connection.is_open)
+        assert not hanging.is_gone  # it has 8 MB to send to nobody
+        async with asyncio.timeout(2):
+            await transport.close()
+        assert hanging.is_gone
 
 
 @asynchronous
@@ -308,7 +388,7 @@ async def test_a_cloud_that_does_not_shake_hands_is_unavailable_in_time(
         transport = StreamTransport(mute.url, "echo")
         for answer in await send_all(transport, 3, timeout_s=0.05):
             assert type(error_of(answer)) is Unavailable
-        assert transport._waiting == {}
+        assert under_way(transport) == []
         await transport.close()
 
 
@@ -378,7 +458,7 @@ async def test_a_late_answer_is_dropped_and_the_stream_goes_on() -> None:
         assert (await transport.send(message("b"), "b", 5)).status == 200
         with pytest.raises(Unavailable, match=r"no answer within 0\.1 s"):
             await first
-        assert transport._waiting == {}
+        assert under_way(transport) == []
         assert (await transport.send(message("c"), "c", 5)).status == 200
         await asyncio.sleep(0.1)
         assert (transport.unmatched, transport.connections) == (1, 1)
@@ -425,7 +505,7 @@ async def test_a_cancelled_request_leaves_nothing_behind() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert transport._waiting == {}
+        assert under_way(transport) == []
         assert (await transport.send(message("b"), "b", 5)).status == 200
         await transport.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -899,6 +900,26 @@ def test_decoding_copies_nothing(dtype: str, kind: Any) -> None:
 def test_features_outlive_the_name_of_their_message() -> None:
     request = wire.decode_request(plain())
     assert np.array_equal(request.features, secret_values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"),
+    [
+        ("float32", 1.0),  # the message
+        ("float16", 0.5 + 0.5),  # the values in their new type, and the message
+        ("int8", 1.0 + 0.25),  # the quotients, and the values in their new type; then the message
+    ],
+)
+def test_encoding_copies_no_more_than_it_must(dtype: wire.Dtype, most: float) -> None:
+    values = np.random.default_rng(0).standard_normal((4, 1 << 16), np.float32)
+    wire.encode_request(values, request_id="first", dtype=dtype)  # remembers the layout
+    tracemalloc.start()
+    try:
+        wire.encode_request(values, request_id="second", dtype=dtype)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak / values.nbytes == pytest.approx(most, abs=0.01)
 
 
 # --- values -------------------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from datamix.errors import ConfigError
+from edge.access import Access
 
 WORKLOADS = ("bundle", "echo")
 
@@ -15,7 +16,7 @@ class FleetConfig:
     """One run of the fleet. Times are in seconds, rates per second over the whole fleet.
 
     Attributes:
-        url: base URL of the cloud, ``http://host:port``.
+        url: base URL of the cloud, ``http(s)://host:port``.
         bundle: the bundle whose stem, bridges and head the devices run; its backbone is read too
             where answers are verified. Needed for ``workload="bundle"``.
         inputs: ``.npz`` file with ``images`` (n, *input_shape) uint8 and ``labels`` (n,); None for
@@ -35,7 +36,9 @@ class FleetConfig:
         connect_timeout_s: by when every device has its stream, or the run does not start.
         model: the model's name; None for the bundle's, or the one that the cloud says it serves.
         rows: rows per message of the echo workload; the bundle workload has ``group_size`` rows.
-        token: bearer token, where the cloud wants one.
+        token: bearer token, where the cloud wants one; not in the repr.
+        ca_file: PEM file of the authorities that may vouch for an ``https`` cloud; None for those
+            that this machine trusts.
     """
 
     url: str
@@ -56,7 +59,8 @@ class FleetConfig:
     connect_timeout_s: float = 60.0
     model: str | None = None
     rows: int = 4
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
+    ca_file: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot mean anything."""
@@ -76,6 +80,12 @@ class FleetConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a positive number")
         if self.max_retries < 0 or self.retry_ratio < 0:
             raise ConfigError("max_retries and retry_ratio are 0 or more")
+        self.access.context(self.url)
+
+    @property
+    def access(self) -> Access:
+        """How the devices get in."""
+        return Access(self.token, self.ca_file)
 
     @property
     def base_url(self) -> str:

@@ -12,6 +12,8 @@ from edge.fleet.workload import Inference
 FIRST_BACKOFF_S = 0.05
 LONGEST_BACKOFF_S = 2.0
 
+_MOVED = (WSCloseCode.GOING_AWAY, WSCloseCode.SERVICE_RESTART)
+
 
 def backoff_s(attempt: int, generator: random.Random) -> float:
     """Draw how long to wait before attempt ``attempt`` (from 1): half fixed, half jitter.
@@ -33,6 +35,7 @@ class Flight:
         "device",
         "inference",
         "message",
+        "moved",
         "position",
         "request_id",
         "sent",
@@ -50,6 +53,7 @@ class Flight:
         self.message = b""
         self.sent = False  # whether the present message has left the device
         self.attempts = 0  # resends so far, of all messages
+        self.moved = False  # whether a message waits because the cloud moved the stream
         self.status = 0  # why the present message has to be sent again; 0 if it has not
 
 
@@ -81,6 +85,8 @@ class FleetDevice(WSListener):
         transport: the open stream, or None while there is none.
         flights: inferences under way, sent or not.
         waiting: inferences whose message waits for the stream to come back.
+        opened_s: when the stream was opened, by the shard's clock.
+        moved: the cloud wants the stream elsewhere; it has answered what it has read.
     """
 
     def __init__(self, number: int, owner: Owner) -> None:
@@ -89,6 +95,8 @@ class FleetDevice(WSListener):
         self.transport: WSTransport | None = None
         self.flights: set[Flight] = set()
         self.waiting: list[Flight] = []
+        self.opened_s = 0.0
+        self.moved = False
         self._owner = owner
         self._fragments: list[bytes] = []
 
@@ -106,6 +114,7 @@ class FleetDevice(WSListener):
     def on_ws_connected(self, transport: WSTransport) -> None:
         """Keep the stream."""
         self.transport = transport
+        self.moved = False
         self._fragments.clear()
         self._owner.on_connected(self)
 
@@ -114,6 +123,8 @@ class FleetDevice(WSListener):
         try:
             kind = frame.msg_type
             if kind == WSMsgType.CLOSE:
+                self.moved = frame.get_close_code() in _MOVED
+                transport.send_close(WSCloseCode.OK)
                 transport.disconnect()
             elif kind in (WSMsgType.BINARY, WSMsgType.CONTINUATION):
                 # A copy: the frame's memory is reused as soon as this returns.
@@ -127,6 +138,12 @@ class FleetDevice(WSListener):
                 self._owner.on_message(self, body)
         except Exception as error:
             self._owner.on_crash(error)
+
+    def pause_writing(self) -> None:
+        """Go on: the load is open, whatever the cloud does."""
+
+    def resume_writing(self) -> None:
+        """See :meth:`pause_writing`."""
 
     def on_ws_disconnected(self, transport: WSTransport) -> None:
         """Tell the shard, unless the stream was replaced already."""

@@ -92,6 +92,7 @@ class Summary:
         requests: messages sent, retries included.
         retries: messages sent again.
         reconnects: streams opened again.
+        moved: messages sent again because the cloud had moved the stream unread.
         duplicates: second answers to one message.
         late: answers after the device had given up.
         misrouted: answers that came to another device.
@@ -143,6 +144,7 @@ class Summary:
     requests: int
     retries: int
     reconnects: int
+    moved: int
     duplicates: int
     late: int
     misrouted: int
@@ -340,6 +342,7 @@ def summarise(run: Run) -> Summary:
             for name in (
                 "retries",
                 "reconnects",
+                "moved",
                 "duplicates",
                 "late",
                 "misrouted",

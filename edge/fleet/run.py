@@ -86,7 +86,7 @@ def simulate(config: FleetConfig, on_progress: OnProgress | None = None) -> Summ
     check_descriptors(config)
     target = discover(config)
     mode, rounds, rows = _shape(config, target)
-    sampler = Sampler(config.base_url, config.token)
+    sampler = Sampler(config.base_url, config.access)
     with _shards(config, target) as fleet:
         fleet.wait_ready(on_progress)
         sampler.start()
@@ -135,11 +135,11 @@ def discover(config: FleetConfig) -> Target:
 
         model = read_manifest(config.bundle).name
     if model is None:
-        model = str(fetch(f"{config.base_url}/v2/stats", config.token).get("model", ""))
+        model = str(fetch(f"{config.base_url}/v2/stats", config.access).get("model", ""))
         if not model:
             raise ConfigError(f"{config.base_url} does not say which model it serves, expected one")
     url = f"{config.base_url}/v2/models/{model}"
-    body = fetch(url, config.token)
+    body = fetch(url, config.access)
     try:
         parameters = body["parameters"]
         engine = str(parameters["engine"])

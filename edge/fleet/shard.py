@@ -8,8 +8,10 @@ every few milliseconds does for thousands of timers.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import secrets
+import ssl
 import time
 from collections import deque
 from collections.abc import Callable
@@ -35,7 +37,12 @@ _SWEEP_S = 0.01
 _TICK_S = 0.001
 _RETRY_FLOOR = 100
 _HANDSHAKE_S = 10.0
+_SHORT_S = 0.1  # for a stream
 _READ_BUFFER_BYTES = 1 << 16  # one answer in one read, without growing
+
+# picows would write each handshake into a log that is verbose enough, and the token stands in it.
+_quiet = logging.getLogger("picows.datamix")
+_quiet.setLevel(logging.WARNING)
 
 
 @dataclass(slots=True)
@@ -52,6 +59,7 @@ class Counters:
         requests_sent: messages sent, retries included.
         retries: messages sent again.
         reconnects: streams opened again.
+        moved: messages sent again because the cloud had moved the stream unread, which is no retry.
         duplicates: second answers to a message that was answered.
         late: answers after the device had given up.
         misrouted: answers to a message that another device of this process sent.
@@ -68,6 +76,7 @@ class Counters:
     requests_sent: int = 0
     retries: int = 0
     reconnects: int = 0
+    moved: int = 0
     duplicates: int = 0
     late: int = 0
     misrouted: int = 0
@@ -157,6 +166,8 @@ class Shard:
     _done: asyncio.Future[None] = field(init=False)
     _start_s: float = field(init=False, default=float("inf"))
     _start_cpu_s: float = field(init=False, default=0.0)
+    _headers: dict[str, str] = field(init=False, repr=False)
+    _ssl: ssl.SSLContext | None = field(init=False)
     _window_s: float = field(init=False)
     _busy_ratio: float = field(init=False, default=0.0)
     _next: int = field(init=False, default=0)
@@ -176,6 +187,8 @@ class Shard:
         self._answered = np.zeros((int(config.duration_s + config.timeout_s) + 2, 2), np.int64)
         self._random = random.Random(config.seed * self.shards + self.number)
         self._gate = asyncio.Semaphore(max(1, config.connect_at_once // self.shards))
+        self._headers = config.access.headers
+        self._ssl = config.access.context(config.url)
         self._window_s = config.duration_s
         self._done = asyncio.get_running_loop().create_future()
 
@@ -200,8 +213,6 @@ class Shard:
 
     async def _open(self, device: FleetDevice, deadline_s: float) -> str | None:
         """Open one stream, with back-off; say why if it can't be done by then."""
-        token = self.config.token
-        headers = [("Authorization", f"Bearer {token}")] if token is not None else None
         attempt = 0
         while True:
             async with self._gate:
@@ -209,7 +220,9 @@ class Shard:
                     await ws_connect(
                         lambda: device,
                         self.config.stream_url(self.model),
-                        extra_headers=headers,
+                        ssl_context=self._ssl,
+                        extra_headers=self._headers,
+                        logger_name=_quiet,
                         websocket_handshake_timeout=_HANDSHAKE_S,
                         max_frame_size=1 << 26,
                         read_buffer_init_size=_READ_BUFFER_BYTES,
@@ -224,13 +237,16 @@ class Shard:
             await asyncio.sleep(pause_s)
 
     async def _reopen(self, device: FleetDevice) -> None:
-        await asyncio.sleep(backoff_s(1, self._random))
+        # A cloud that sends a device away as soon as it comes is not asked again at once.
+        if not device.moved or self.clock() - device.opened_s < _SHORT_S:
+            await asyncio.sleep(backoff_s(1, self._random))
         if await self._open(device, float("inf")) is None:
             self.counters.reconnects += 1
 
     def on_connected(self, device: FleetDevice) -> None:
         """Send what waited for the stream."""
         self._connected += 1
+        device.opened_s = self.clock()
         waiting, device.waiting = device.waiting, []
         for flight in waiting:
             if flight.inference is not None:
@@ -243,6 +259,10 @@ class Shard:
             return
         for flight in list(device.flights):
             if flight.sent and self._flights.pop(flight.request_id, None) is not None:
+                if device.moved:
+                    flight.moved = True
+                    device.waiting.append(flight)
+                    continue
                 flight.status = result.CONNECTION
                 if self._may_retry(flight):
                     device.waiting.append(flight)
@@ -397,9 +417,12 @@ class Shard:
             flight.attempts += 1
             column["retries"][position] += 1
             self.counters.retries += 1
+        elif flight.moved:
+            self.counters.moved += 1
         elif flight.block == 0:
             column["sent_s"][position] = self.clock() - self._start_s
         flight.sent = True
+        flight.moved = False
         self._flights[flight.request_id] = flight
         self.counters.requests_sent += 1
         column["bytes_up"][position] += len(flight.message)

@@ -18,22 +18,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from datamix.errors import DataMixError, Unavailable, from_status
+from edge.access import Access, distrust
 
 _PERIOD_S = 1.0
 
 
-def fetch(url: str, token: str | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
+_ANYBODY = Access()
+
+
+def fetch(url: str, access: Access = _ANYBODY, timeout_s: float = 5.0) -> dict[str, Any]:
     """GET a JSON object.
 
     Raises:
+        ConfigError: the cloud's certificate is not trusted.
         Unavailable: nobody answers at that address, or what answers is not JSON.
         DataMixError: the cloud answered with an error status.
     """
     request = urllib.request.Request(url)
-    if token is not None:
-        request.add_header("Authorization", f"Bearer {token}")
+    for name, value in access.headers.items():
+        request.add_unredirected_header(name, value)
     # No proxy from the environment: a load test through one would measure the proxy.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}),
+        urllib.request.HTTPSHandler(context=access.context(url)),
+    )
     try:
         with opener.open(request, timeout=timeout_s) as answer:
             body = json.loads(answer.read())
@@ -41,7 +49,7 @@ def fetch(url: str, token: str | None = None, timeout_s: float = 5.0) -> dict[st
         with error:
             raise from_status(error.code, f"{url} answered {error.code}, expected 200") from error
     except (OSError, ValueError) as error:
-        raise Unavailable(f"{url} gives no answer: {error}") from error
+        raise distrust(error) or Unavailable(f"{url} gives no answer: {error}") from error
     if not isinstance(body, dict):
         raise Unavailable(f"{url} answered {type(body).__name__}, expected a JSON object")
     return body
@@ -95,11 +103,11 @@ class Sampler:
     A cloud without that endpoint gives no samples, and the figures made of them are None.
     """
 
-    def __init__(self, base_url: str, token: str | None = None) -> None:
+    def __init__(self, base_url: str, access: Access = _ANYBODY) -> None:
         """Make a sampler that has not started."""
         self.samples: list[Sample] = []
         self._url = f"{base_url}/v2/stats"
-        self._token = token
+        self._access = access
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stats", daemon=True)
 
@@ -118,7 +126,7 @@ class Sampler:
     def read(self) -> None:
         """Read one sample; a cloud that gives none is not an error here."""
         try:
-            body = fetch(self._url, self._token, timeout_s=2.0)
+            body = fetch(self._url, self._access, timeout_s=2.0)
             sample = Sample(
                 time.monotonic(),
                 str(body["replica"]),

@@ -79,7 +79,7 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
         ("failed", failed or "0"),
         ("wrong", str(summary.wrong) if summary.verified else "not verified"),
         ("unsent", str(summary.unsent)),
-        ("retries, reconnects", f"{summary.retries}, {summary.reconnects}"),
+        ("retries, moved, reconnects", f"{summary.retries}, {summary.moved}, {summary.reconnects}"),
         (
             "duplicate, misrouted, unmatched, unreadable, late",
             f"{summary.duplicates}, {summary.misrouted}, {summary.unmatched}, "

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamix import flat, framing, wire
+from datamix import flat, framing, unframing, wire
 from datamix.errors import DataMixError, TooLarge, WireError
 
 FEATURES = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
@@ -20,9 +20,9 @@ FEATURES = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 @pytest.fixture(autouse=True)
 def forgetful() -> Iterator[None]:
     """Start and end with nothing remembered."""
-    framing._known.clear()
+    wire.requests.forget()
     yield
-    framing._known.clear()
+    wire.requests.forget()
 
 
 def request(request_id: str = "abcd", dtype: wire.Dtype = "float16", **extra: Any) -> bytes:
@@ -36,17 +36,24 @@ def outcome(body: bytes) -> Any:
     except DataMixError as error:
         return type(error), str(error)
     scale = None if found.scale is None else found.scale.tolist()
-    return found.features.tobytes(), found.features.shape, scale, found.request_id, found.deadline_s
+    return (
+        found.features.tobytes(), found.features.shape, scale, found.request_id, found.deadline_s,
+        found.model, found.model_version, found.block, found.priority,
+    )  # fmt: skip
 
 
 def without_memory(body: bytes) -> Any:
-    kept = dict(framing._known)
-    framing._known.clear()
+    kept = wire.requests
+    wire.requests = unframing.Reader(kept._variables, kept._parse)
     try:
         return outcome(body)
     finally:
-        framing._known.clear()
-        framing._known.update(kept)
+        wire.requests = kept
+
+
+def headers_known() -> int:
+    """How many headers are remembered."""
+    return sum(len(cuts.layouts) for found in wire.requests._known.values() for cuts in found)
 
 
 @pytest.mark.parametrize("dtype", wire.DTYPES)
@@ -72,12 +79,8 @@ def test_every_changed_byte_is_judged_as_without_memory(dtype: wire.Dtype) -> No
         for flip in (0x01, 0x80, 0xFF):
             bad = bytearray(good)
             bad[position] ^= flip
-            known = {key: list(layouts) for key, layouts in framing._known.items()}
             warm = outcome(bytes(bad))
-            framing._known.clear()
-            assert outcome(bytes(bad)) == warm, f"byte {position} ^ {flip}"
-            framing._known.clear()
-            framing._known.update(known)
+            assert without_memory(bytes(bad)) == warm, f"byte {position} ^ {flip}"
 
 
 @given(st.data())
@@ -105,7 +108,23 @@ def test_values_that_lie_over_each_other_are_not_remembered() -> None:
     else:
         pytest.skip("the id stands before the model here, and references only point forward")
     assert outcome(bytes(good))[3] == "abcd"
-    assert not framing._known
+    assert not headers_known()
+
+
+def test_a_message_that_names_its_values_otherwise_does_not_teach_that() -> None:
+    """Two keys of the same padded length, so that values stand at the same places."""
+
+    def written(key: str, value: str) -> bytes:
+        metadata = {"datamix.protocol": "1", key: value}
+        return framing.frame(FEATURES, None, metadata)
+
+    good = written("datamix.request_id", "12345678")
+    other = written("datamix.deadline_ms", "12345678")
+    assert (len(good), good[4:8]) == (len(other), other[4:8])
+    truth = without_memory(good)
+    assert outcome(other)[0] is WireError  # no request id
+    for _ in range(3):  # learned beside the other, then read by what was learned
+        assert outcome(good) == truth
 
 
 def test_limits_hold_for_remembered_layouts_too() -> None:
@@ -118,11 +137,54 @@ def test_limits_hold_for_remembered_layouts_too() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    for number in range(1, 4 * framing._MAX_KEYS):
-        features = np.zeros((1, number), np.float32)
-        wire.decode_request(wire.encode_request(features, request_id="a" * (1 + number % 64)))
-        assert len(framing._known) <= framing._MAX_KEYS
-    assert all(len(layouts) <= framing._MAX_PER_KEY for layouts in framing._known.values())
+    most = 0
+    for number in range(1, 3 * unframing._MAX_LAYOUTS):
+        features = np.zeros((1, 1 + number % 99), np.float32)
+        fields: dict[str, Any] = {"model": f"m{number}", "request_id": "a" * (1 + number % 64)}
+        wire.decode_request(wire.encode_request(features, **fields))
+        most = max(most, headers_known())
+    assert most == unframing._MAX_LAYOUTS
+
+
+def test_a_stranger_cannot_make_every_message_a_search() -> None:
+    """Messages of one length, the id at another place in each, are all compared with a good one."""
+    for before in range(0, 200, 4):
+        for length in (16, 17, 18, 19):
+            fields = {
+                "a": "x" * before,
+                "datamix.request_id": "i" * length,
+                "b": "x" * (200 - before),
+            }
+            wire.decode_request(framing.frame(FEATURES, None, {"datamix.protocol": "1"} | fields))
+            (cuts,) = wire.requests._known.values()
+            assert len(cuts) <= unframing._MAX_CUTS
+            assert wire.requests._layouts == headers_known() == sum(len(c.layouts) for c in cuts)
+
+
+def test_models_versions_and_blocks_are_remembered_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Messages of the same length that differ in what they name do not drive each other out."""
+    kinds: list[dict[str, Any]] = [
+        {"model": m, "model_version": v, "block": b}
+        for m in ("a", "b")
+        for v in ("1", "2", "3")
+        for b in range(4)
+    ]
+    for kind in kinds:
+        wire.decode_request(request(**kind))
+    monkeypatch.setattr(pa.ipc, "read_message", lambda reader: pytest.fail("parsed again"))
+    for kind in kinds:
+        found = wire.decode_request(request("wxyz", **kind))
+        assert {key: getattr(found, key) for key in kind} == kind
+
+
+def test_what_a_message_says_wrong_is_not_remembered() -> None:
+    body = request(priority=1).replace(b"datamix.protocol", b"datamix.protocal")
+    for _ in range(2):
+        with pytest.raises(WireError, match=r"datamix.protocol is missing"):
+            wire.decode_request(body)
+    assert not headers_known()
 
 
 def test_huge_headers_are_not_remembered() -> None:
@@ -135,7 +197,7 @@ def test_huge_headers_are_not_remembered() -> None:
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_batch(pa.record_batch([column], schema=schema))
     assert wire.decode_request(sink.getvalue().to_pybytes()).request_id == "a"
-    assert not framing._known
+    assert not headers_known()
 
 
 def test_bytes_that_are_not_utf8_are_refused_by_memory_too() -> None:

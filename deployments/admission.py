@@ -1,0 +1,118 @@
+"""What every request goes through, in whichever protocol it came: read, routed, queued, answered.
+
+A request is decoded and checked on the event loop, before it can enter a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from datamix import wire
+from datamix.errors import DataMixError, NonFinite, NotFound, Unavailable
+from deployments.engine import Rows
+from deployments.model import ServedModel
+from deployments.waiting import Computed, Job
+
+if TYPE_CHECKING:
+    from deployments.backbone import Backbone
+
+logger = logging.getLogger(__name__)
+
+
+class Route(NamedTuple):
+    """Where a path leads: a model, perhaps a version, and what to do with it."""
+
+    model: str
+    version: str | None
+    action: str
+
+
+class Admission:
+    """The way of a request to its model and into the queue."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        """Let requests in to the models of ``backbone``."""
+        self.traffic = backbone.traffic
+        self._catalog = backbone.catalog
+        self._clock = backbone.clock
+        self._max_bytes = backbone.config.max_request_bytes
+        self._max_rows = backbone.config.max_request_rows
+
+    def find(self, route: Route, request: wire.Request) -> ServedModel:
+        """The model version that the path and the message name together."""
+        if request.model is not None and request.model != route.model:
+            raise NotFound(f"model of the message is {request.model!r}, expected {route.model!r}")
+        version = request.model_version
+        if version is None:
+            version = route.version
+        elif route.version is not None and version != route.version:
+            raise NotFound(f"version of the message is {version!r}, expected {route.version!r}")
+        return self._catalog.find(route.model, version)
+
+    def decode(self, body: bytes) -> wire.Request:
+        """Open one message."""
+        self.traffic.received_bytes += len(body)
+        return wire.decode_request(body, max_bytes=self._max_bytes, max_rows=self._max_rows)
+
+    def admit(
+        self,
+        model: ServedModel,
+        request: wire.Request,
+        done: Callable[[Computed | DataMixError], None],
+    ) -> Job:
+        """Check and queue one request, in whichever protocol it came."""
+        model.check(request)
+        deadline_s = request.deadline_s
+        job = Job(
+            block=request.block,
+            rows=Rows(request.features, request.scale),
+            done=done,
+            deadline=None if deadline_s is None else self._clock() + deadline_s,
+            priority=request.priority,
+        )
+        model.batcher.offer(job)
+        return job
+
+    def count(self, model: ServedModel | None, outcome: bytes | DataMixError) -> None:
+        """Count one answer, for its model where one was found."""
+        outcomes = self.traffic.astray if model is None else model.outcomes
+        outcomes[str(outcome.status) if isinstance(outcome, DataMixError) else "ok"] += 1
+
+
+def encode(
+    model: ServedModel, request: wire.Request, outcome: Computed | DataMixError
+) -> list[Any] | DataMixError:
+    """The answer to a request in the parts of its message, or the error that it gets."""
+    if isinstance(outcome, DataMixError):
+        return outcome
+    output, timing = outcome
+    try:
+        return wire.response_parts(
+            output,
+            dtype=request.dtype,
+            request_id=request.request_id,
+            model=model.name,
+            model_version=model.version,
+            block=request.block,
+            queue_s=timing.queue_s,
+            compute_s=timing.compute_s,
+            batch_rows=timing.batch_rows,
+            close_reason=timing.close_reason,
+        )
+    except NonFinite:
+        return NonFinite(f"the output of block {request.block} holds NaN or Inf")
+    except Exception as error:
+        return presentable(error)
+
+
+def presentable(error: Exception) -> DataMixError:
+    """The error as it may travel. What nobody foresaw keeps its text and traceback to itself.
+
+    They can hold values of the input, so the log gets the type only.
+    """
+    if isinstance(error, DataMixError):
+        return error
+    logger.error("request failed: %s", type(error).__name__)
+    return Unavailable("the replica failed on this request")
