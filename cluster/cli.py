@@ -218,8 +218,8 @@ def profile_engine(
         max_request_rows=min(128, max_batch_rows),
     )
     found = profile(config, rounds=rounds, name=name, machine=machine)
-    print(table(found))
     json_path.write_text(found.model_dump_json(indent=1) + "\n")
+    print(table(found))
 
 
 @app.command()
