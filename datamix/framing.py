@@ -261,7 +261,10 @@ class Reader(Generic[T]):
         if self._layouts >= _MAX_LAYOUTS:
             self.forget()
         cuts: _Cuts[T] = _Cuts(variables, tuple(fixed))
-        same = [c for c in self._known.get(key, ()) if c.fixed == cuts.fixed]
+        # Other names at the same places are other cuts: a stranger may call the id a deadline.
+        same = [
+            c for c in self._known.get(key, ()) if (c.variables, c.fixed) == (variables, cuts.fixed)
+        ]
         if same:
             cuts = same[0]
         else:

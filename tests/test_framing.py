@@ -111,6 +111,22 @@ def test_values_that_lie_over_each_other_are_not_remembered() -> None:
     assert not headers_known()
 
 
+def test_a_message_that_names_its_values_otherwise_does_not_teach_that() -> None:
+    """Two keys of the same padded length, so that values stand at the same places."""
+
+    def written(key: str, value: str) -> bytes:
+        metadata = {"datamix.protocol": "1", key: value}
+        return framing.frame(FEATURES, None, metadata)
+
+    good = written("datamix.request_id", "12345678")
+    other = written("datamix.deadline_ms", "12345678")
+    assert (len(good), good[4:8]) == (len(other), other[4:8])
+    truth = without_memory(good)
+    assert outcome(other)[0] is WireError  # no request id
+    for _ in range(3):  # learned beside the other, then read by what was learned
+        assert outcome(good) == truth
+
+
 def test_limits_hold_for_remembered_layouts_too() -> None:
     body = request()
     wire.decode_request(body)
