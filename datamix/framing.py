@@ -42,8 +42,9 @@ _PADDING = 8  # Arrow aligns each buffer of a message's body to 8 bytes
 _MAX_DIMENSIONS = 8  # of a row; numpy has a limit too, and raises no WireError
 _ARROW = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}
 
-# How much of what clients send is remembered: so many headers of at most 4 kB.
-_MAX_LAYOUTS, _MAX_HEADERS = 512, 4096
+# How much of what clients send is remembered: so many headers of at most 4 kB. A message is
+# compared with all cuts of its length, one after the other, so there are few.
+_MAX_LAYOUTS, _MAX_HEADERS, _MAX_CUTS = 512, 4096, 16
 
 Values = Mapping[str, str]
 T = TypeVar("T")
@@ -260,15 +261,17 @@ class Reader(Generic[T]):
         fixed.append((len(body) - len(_END), len(body)))
         if self._layouts >= _MAX_LAYOUTS:
             self.forget()
-        cuts: _Cuts[T] = _Cuts(variables, tuple(fixed))
+        beside = self._known.setdefault(key, [])
         # Other names at the same places are other cuts: a stranger may call the id a deadline.
-        same = [
-            c for c in self._known.get(key, ()) if (c.variables, c.fixed) == (variables, cuts.fixed)
-        ]
+        same = [c for c in beside if (c.variables, c.fixed) == (variables, tuple(fixed))]
         if same:
             cuts = same[0]
         else:
-            self._known.setdefault(key, []).append(cuts)
+            if len(beside) == _MAX_CUTS:
+                self._layouts -= sum(len(cuts.layouts) for cuts in beside)
+                beside.clear()
+            cuts = _Cuts(variables, tuple(fixed))
+            beside.append(cuts)
         cuts.layouts[b"".join([body[a:b] for a, b in cuts.fixed])] = layout
         self._layouts += 1
 

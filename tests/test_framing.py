@@ -146,6 +146,21 @@ def test_memory_is_bounded() -> None:
     assert most == framing._MAX_LAYOUTS
 
 
+def test_a_stranger_cannot_make_every_message_a_search() -> None:
+    """Messages of one length, the id at another place in each, are all compared with a good one."""
+    for before in range(0, 200, 4):
+        for length in (16, 17, 18, 19):
+            fields = {
+                "a": "x" * before,
+                "datamix.request_id": "i" * length,
+                "b": "x" * (200 - before),
+            }
+            wire.decode_request(framing.frame(FEATURES, None, {"datamix.protocol": "1"} | fields))
+            (cuts,) = wire.requests._known.values()
+            assert len(cuts) <= framing._MAX_CUTS
+            assert wire.requests._layouts == headers_known() == sum(len(c.layouts) for c in cuts)
+
+
 def test_models_versions_and_blocks_are_remembered_side_by_side(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
