@@ -43,6 +43,15 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
             ("runs_limited_by_the_clients", "<=", 0.0),
         ],
     ),
+    "fuzz": (
+        "Does a replica survive 200,000 mutated messages, and serve good clients meanwhile as if "
+        "nothing were?",
+        [
+            ("findings", "<=", 0.0),
+            ("good_answers_wrong", "<=", 0.0),
+            ("growth_from_50_percent_mib", "<=", 16.0),
+        ],
+    ),
     "added_latency": (
         "How much later is an answer than the bare forward, when nobody else asks?",
         [("added_p50_ms_null_engine", "<=", 1.0), ("added_p50_ms_block", "<=", 1.0)],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import page
+from benchmarks import page, saturation
 
 
 def test_the_page_is_what_the_results_give() -> None:
@@ -59,3 +59,33 @@ def test_without_a_gpu_its_benchmark_says_so_in_one_sentence() -> None:
     assert done.stderr == (
         "benchmarks.gpu: found no CUDA device with nvidia-smi here, expected one\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("client_share", "threads", "left"),
+    [(0.0, 2, 1.0), (0.1, 2, 0.95), (1.0, 2, 0.5), (0.1, 1, 1.0), (1.0, 1, 1.0), (1.5, 1, 0.5)],
+)
+def test_what_clients_take_from_an_engine_on_two_cores(
+    client_share: float, threads: int, left: float
+) -> None:
+    assert saturation.left_for_the_engine(client_share, threads, 2) == pytest.approx(left)
+
+
+def test_the_engine_is_the_threads_that_worked_most() -> None:
+    before, after = {1: 5.0, 2: 1.0, 3: 0.0}, {1: 6.0, 2: 9.0, 3: 0.5, 4: 7.0}
+    assert saturation.engine_cpu_s(before, after, 1) == 8.0
+    assert saturation.engine_cpu_s(before, after, 2) == 15.0  # one began meanwhile
+
+
+def test_figures_are_medians_of_one_model_by_threads() -> None:
+    def row(model: str, threads: int, ratio: float) -> dict[str, object]:
+        corrected = {"served / bare, without clients": 2 * ratio}
+        return {"model": model, "engine threads": threads, "served / bare": ratio, **corrected}
+
+    rows = [row("a", 1, 0.5), row("a", 1, 0.9), row("a", 1, 0.8), row("a", 2, 0.1), row("b", 1, 9)]
+    assert saturation.figures(rows, "a", "x_") == {
+        "x_served_over_bare_1_threads": 0.8,
+        "x_served_over_bare_1_threads_without_clients": 1.6,
+        "x_served_over_bare_2_threads": 0.1,
+        "x_served_over_bare_2_threads_without_clients": 0.2,
+    }

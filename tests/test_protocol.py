@@ -6,7 +6,6 @@ import asyncio
 import gc
 import json
 import logging
-import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -933,76 +932,6 @@ def test_fifty_streams_get_their_own_answers() -> None:
         assert max(len(batch) for batch in cloud.gate.batches) > 1  # they did share batches
 
     run(test, config)
-
-
-def mutate(message: bytes, chance: random.Random) -> bytes:
-    """A message with something wrong somewhere: bits, bytes, cuts, repeats, swaps."""
-    data = bytearray(message)
-    for _ in range(chance.choice((1, 1, 2, 8))):
-        place = chance.randrange(len(data) or 1)
-        kind = chance.randrange(6)
-        if kind == 0 and data:
-            data[place % len(data)] ^= 1 << chance.randrange(8)
-        elif kind == 1 and data:
-            data[place % len(data)] = chance.choice((0, 1, 0x7F, 0x80, 0xFF))
-        elif kind == 2:
-            del data[place:]
-        elif kind == 3:
-            data[place:place] = data[place : place + chance.randrange(64)]
-        elif kind == 4:
-            del data[place : place + chance.randrange(1, 16)]
-        else:  # sizes and offsets of the framing are 32-bit words
-            word = chance.choice((0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, chance.getrandbits(32)))
-            data[place & ~3 : (place & ~3) + 4] = word.to_bytes(4, "little")
-    return bytes(data)
-
-
-def test_thousands_of_mutated_messages_hurt_nobody() -> None:
-    chance = random.Random(20)
-    seeds = [
-        message_of(0),
-        message_of(1, dtype="float32", model="echo", block=0, deadline_s=9.0),
-        message_of(2, dtype="int8"),
-        arrow(ROWS, codec="zstd"),
-        arrow(ROWS, codec="lz4"),
-    ]
-    stop = asyncio.Event()
-    statuses: dict[int, int] = {}
-
-    async def hostile(cloud: Cloud) -> None:
-        try:
-            until = time.monotonic() + 5
-            async with cloud.stream() as stream:
-                for _ in range(80):
-                    mutants = [mutate(chance.choice(seeds), chance) for _ in range(50)]
-                    for mutant in mutants:
-                        await stream.send(mutant)
-                    for _ in mutants:
-                        response = await answer(stream)
-                        statuses[response.status] = statuses.get(response.status, 0) + 1
-                        if response.status != 200:
-                            assert_plain(response.error)
-                    if time.monotonic() > until:
-                        break
-        finally:
-            stop.set()
-
-    async def friendly(cloud: Cloud) -> int:
-        seed = 0
-        async with cloud.stream() as stream:
-            while not stop.is_set():
-                seed += 1
-                assert_echoes(await ask(stream, message_of(seed)), seed)
-        return seed
-
-    async def test(cloud: Cloud) -> None:
-        _, good = await asyncio.gather(hostile(cloud), friendly(cloud))
-        assert good > 20
-        assert sum(statuses.values()) >= 1000
-        assert set(statuses) <= {200, 400, 404, 408, 413, 422}
-        assert statuses[400] > 500
-
-    run(test, CONFIG.model_copy(update={"max_queue_rows": 10_000}))
 
 
 def test_pipelined_http_requests_are_answered_in_order() -> None:
