@@ -28,6 +28,7 @@ from benchmarks import clusters, load, report
 from cluster.demo import default_bundle
 from datamix import wire
 from datamix.bundle import ArchitectureSpec, Manifest, Preprocessing, read_manifest, save_bundle
+from deployments.cores import let_threads_sleep
 
 RESNET18 = "resnet18"
 
@@ -89,22 +90,29 @@ class Pace(NamedTuple):
 
 
 def _bare(pipe: Any, bundle: str, threads: int) -> None:
-    """Forwards of block 0, one after the other, whenever it is told (rows, seconds)."""
+    """Forwards of block 0, one after the other, whenever it is told (rows, seconds).
+
+    As well prepared as the engine's own: threads that sleep, norms folded, channels last.
+    """
+    let_threads_sleep()  # before torch is loaded
     import torch
 
     from datamix.bundle import load_backbone
+    from deployments.fuse import prepare
 
     torch.set_num_threads(threads)
     manifest, blocks = load_backbone(bundle)
+    block = prepare(blocks[0], torch.float32, True, "fuse")
     with torch.inference_mode():
         while (asked := pipe.recv()) is not None:
             rows, seconds = asked
             batch = torch.randn(rows, *manifest.blocks[0].input_shape)
+            batch = batch.to(memory_format=torch.channels_last)
             for _ in range(3):
-                blocks[0](batch)
+                block(batch)
             start_s, cpu_s, count = time.monotonic(), time.process_time(), 0
             while time.monotonic() < start_s + seconds:
-                blocks[0](batch)
+                block(batch)
                 count += rows
             cpu_s = time.process_time() - cpu_s
             pipe.send(Pace(count / (time.monotonic() - start_s), cpu_s / count))
@@ -328,6 +336,7 @@ def main() -> None:
             "and all but its first convolution in the cloud",
         ],
         options.json,
+        packages=None,
         **figures(rows, names[0]),
         **figures(rows, names[1], "resnet18_"),
     )
