@@ -22,10 +22,11 @@ import numpy as np
 import psutil
 
 from benchmarks import clusters, report
-from benchmarks.fuzz_clients import Finding, Plan, Tally, attack
-from benchmarks.good_clients import Good, befriend
-from benchmarks.mutants import MAX_ROWS, SHAPE
-from benchmarks.oracle import Oracle
+from benchmarks.fuzzing.attack import Plan, attack
+from benchmarks.fuzzing.good import Good, befriend
+from benchmarks.fuzzing.messages import MAX_ROWS, SHAPE
+from benchmarks.fuzzing.oracle import Oracle
+from benchmarks.fuzzing.tally import Finding, Tally
 from benchmarks.saturation import stats
 from deployments.config import Config
 
@@ -67,8 +68,8 @@ def _attack(url: str, plan: Plan, sent: Any, results: Any) -> None:
         counting = asyncio.create_task(count())
         try:
             await attack(url, plan, Oracle(Config(**SETTINGS)), tally)
-        except* OSError as error:
-            tally.found("connection", f"the front door is closed: {error.exceptions[0]!r}")
+        except* Exception as group:  # the front door is closed, say
+            tally.found("connection", f"no client could go on: {group.exceptions[0]!r}")
         counting.cancel()
         return tally
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import frames, fuzz, mutants, posts, structures
-from benchmarks.fuzz_clients import Finding, Plan, Tally, attack
-from benchmarks.good_clients import Good, befriend
-from benchmarks.oracle import Oracle
+from benchmarks import fuzz
+from benchmarks.fuzzing import frames, messages, mutants, posts, structures
+from benchmarks.fuzzing.attack import Plan, attack
+from benchmarks.fuzzing.good import Good, befriend
+from benchmarks.fuzzing.oracle import Oracle
+from benchmarks.fuzzing.tally import Finding, Tally
 from datamix import wire
 from deployments.config import Config
 from deployments.protocol import Protocol
@@ -100,20 +102,21 @@ def test_a_seed_gives_the_same_again(endless: Callable[[str], Any]) -> None:
 @pytest.mark.parametrize("mutator", mutants.MUTATORS, ids=lambda mutator: mutator.__name__)
 def test_each_mutator_takes_any_message(mutator: Callable[..., bytes]) -> None:
     chance = random.Random(3)
-    messages = [make(chance) for make in (mutants.request, mutants.compressed, mutants.response)]
-    changed = [mutator(message, chance) for message in messages for _ in range(20)]
+    makers = (messages.request, messages.compressed, messages.response)
+    whole = [make(chance) for make in makers]
+    changed = [mutator(message, chance) for message in whole for _ in range(20)]
     if mutator is not mutants.nothing:
         assert len(set(changed)) > 3
-        assert set(changed) - set(messages)
+        assert set(changed) - set(whole)
 
 
 def test_the_oracle_has_no_memory_and_leaves_the_one_there_is() -> None:
     wire.requests.forget()
-    body = mutants.request(random.Random(1))
+    body = messages.request(random.Random(1))
     wire.decode_request(body)
     before = dict(wire.requests._known)
     assert Oracle(CONFIG).stream(body).statuses == {200}
-    Oracle(CONFIG).stream(mutants.request(random.Random(2), "int8"))
+    Oracle(CONFIG).stream(messages.request(random.Random(2), "int8"))
     assert wire.requests._known == before
 
 

@@ -7,10 +7,10 @@ import random
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from benchmarks import mutants, structures
-from benchmarks.frames import handshake
-from benchmarks.mutants import name, request
-from benchmarks.oracle import Post
+from benchmarks.fuzzing import messages, mutants, structures
+from benchmarks.fuzzing.frames import handshake
+from benchmarks.fuzzing.messages import name, request
+from benchmarks.fuzzing.oracle import Post
 from datamix import wire
 
 PATH = "/v2/models/echo/infer"
@@ -100,7 +100,7 @@ def odd(chance: random.Random) -> Named:
 
 def good_json(chance: random.Random) -> Named:
     """A request of the Open Inference Protocol, as it should be."""
-    features = mutants.features_of(chance, chance.randrange(1, mutants.MAX_ROWS + 1))
+    features = messages.features_of(chance, chance.randrange(1, messages.MAX_ROWS + 1))
     tensor = {"name": "features", "shape": features.shape, "datatype": "FP32"}
     message = {"id": name(chance), "inputs": [tensor | {"data": features.ravel().tolist()}]}
     return _oip("JSON", json.dumps(message).encode(), None)
@@ -119,7 +119,7 @@ def broken_json(chance: random.Random) -> Named:
 
 def broken_binary(chance: random.Random) -> Named:
     """JSON and binary data with something wrong in their bytes, or in the header between them."""
-    features = mutants.features_of(chance, 2).astype("<f2")
+    features = messages.features_of(chance, 2).astype("<f2")
     tensor = {"name": "features", "shape": features.shape, "datatype": "FP16"}
     message = {"inputs": [tensor | {"parameters": {"binary_data_size": features.nbytes}}]}
     text = json.dumps(message).encode()

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from benchmarks import mutants
-from benchmarks.oracle import Oracle, judge
+from benchmarks.fuzzing import messages
+from benchmarks.fuzzing.oracle import Oracle, judge
 from datamix import wire
 from datamix.errors import DataMixError
 from edge.transport import StreamTransport, Transport, UnaryTransport
@@ -40,9 +40,9 @@ class Good:
 
 def good_request(chance: random.Random) -> tuple[str, bytes]:
     """A request that a replica has to answer, and its id."""
-    request_id = mutants.name(chance)
+    request_id = messages.name(chance)
     body = wire.encode_request(
-        mutants.features_of(chance, chance.randrange(1, mutants.MAX_ROWS + 1)),
+        messages.features_of(chance, chance.randrange(1, messages.MAX_ROWS + 1)),
         request_id=request_id,
         dtype=chance.choice(wire.DTYPES),
         deadline_s=chance.choice((None, 600.0)),

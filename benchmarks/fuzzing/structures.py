@@ -12,7 +12,8 @@ import pyarrow as pa
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from benchmarks.mutants import MAX_ROWS, SHAPE, Mutant, features_of, name, write
+from benchmarks.fuzzing.messages import MAX_ROWS, SHAPE, features_of, name, write
+from benchmarks.fuzzing.mutants import Mutant
 
 T = TypeVar("T")
 

@@ -12,7 +12,8 @@ import struct
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from benchmarks.mutants import mutate, name, request
+from benchmarks.fuzzing.messages import name, request
+from benchmarks.fuzzing.mutants import mutate
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 MAX_MESSAGE_BYTES = 16 << 20

@@ -1,0 +1,1 @@
+"""What `benchmarks/fuzz.py` sends, what it expects, and the clients that do it."""
