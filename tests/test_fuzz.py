@@ -17,8 +17,8 @@ from benchmarks.fuzzing.good import Good, befriend
 from benchmarks.fuzzing.oracle import Oracle
 from benchmarks.fuzzing.tally import Finding, Tally
 from datamix import wire
+from deployments.admission import Admission
 from deployments.config import Config
-from deployments.protocol import Protocol
 from tests.asynchronous import asynchronous
 from tests.real_cloud import serving
 
@@ -83,7 +83,7 @@ async def test_a_replica_that_fails_is_found_out() -> None:
         raise MemoryError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Protocol, "find", broken)
+        patch.setattr(Admission, "find", broken)
         tally, good = await run(Plan(200, 0, 0, 0, 0, 20, streams=2))
     assert any("status 503" in finding.what for finding in tally.findings)
     assert good.wrong
