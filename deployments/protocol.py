@@ -65,6 +65,10 @@ class Answer(NamedTuple):
     extra: tuple[tuple[bytes, bytes], ...] = ()
 
 
+# Makes the answer of what a model computed.
+Finish = Callable[[ServedModel, Computed], Answer]
+
+
 class Protocol:
     """The ASGI application of one replica."""
 
@@ -122,9 +126,12 @@ class Protocol:
             await _reply_error(send, error)
 
     async def _infer(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+        # Until the message is read, which may name another version.
         model = self._backbone.catalog.find(route.model, route.version)
         try:
-            body, media, extra = await self._answer(route, scope, receive)
+            request, answer = await self._read(scope, receive)
+            model = self._admission.find(route, request)
+            body, media, extra = answer(model, await self._compute(model, request))
         except Exception as fault:
             error = presentable(fault)
             self._admission.count(model, error)
@@ -134,29 +141,32 @@ class Protocol:
         self._backbone.traffic.sent_bytes += len(body)
         await _reply(send, 200, media, body, extra=extra)
 
-    async def _answer(self, route: Route, scope: Scope, receive: Receive) -> Answer:
-        """Read one request in whichever protocol it came, and compute its answer."""
+    async def _read(self, scope: Scope, receive: Receive) -> tuple[wire.Request, Finish]:
+        """Read one request in whichever protocol it came, and how it is to be answered."""
         media = _header(scope, b"content-type")
         kind = media.partition(";")[0].strip().lower()
         if kind == wire.MEDIA_TYPE:
-            return await self._answer_arrow(route, await self._body(scope, receive))
+            return self._read_arrow(await self._body(scope, receive))
         if kind in ("", *oip.MEDIA_TYPES) or _header(scope, oip.LENGTH_HEADER):
             # NVIDIA's tritonclient names no content type.
-            return await self._answer_oip(route, scope, receive)
+            return await self._read_oip(scope, receive)
         raise Unsupported(
             f"content type is {media[:100]!r}, expected {wire.MEDIA_TYPE!r} or one of "
             f"{', '.join(oip.MEDIA_TYPES)}"
         )
 
-    async def _answer_arrow(self, route: Route, body: bytes) -> Answer:
+    def _read_arrow(self, body: bytes) -> tuple[wire.Request, Finish]:
         request = self._admission.decode(body)
-        model = self._admission.find(route, request)
-        parts = encode(model, request, await self._compute(model, request))
-        if isinstance(parts, DataMixError):
-            raise parts
-        return Answer(b"".join(parts), wire.MEDIA_TYPE)
 
-    async def _answer_oip(self, route: Route, scope: Scope, receive: Receive) -> Answer:
+        def answer(model: ServedModel, computed: Computed) -> Answer:
+            parts = encode(model, request, computed)
+            if isinstance(parts, DataMixError):
+                raise parts
+            return Answer(b"".join(parts), wire.MEDIA_TYPE)
+
+        return request, answer
+
+    async def _read_oip(self, scope: Scope, receive: Receive) -> tuple[wire.Request, Finish]:
         encoding = _header(scope, b"content-encoding")
         if encoding.lower() not in ("", "identity"):
             raise Unsupported(f"content encoding is {encoding[:100]!r}, expected none")
@@ -164,13 +174,15 @@ class Protocol:
         self._backbone.traffic.received_bytes += len(body)
         length = _header(scope, oip.LENGTH_HEADER)
         request = oip.decode_request(body, length, max_rows=self._limits.max_request_rows)
-        model = self._admission.find(route, request.wire)
-        computed = await self._compute(model, request.wire)
-        answer = oip.encode_response(request, computed, model=model.name, version=model.version)
-        if answer.json_length is None:
-            return Answer(answer.body, "application/json")
-        extra = ((oip.LENGTH_HEADER, str(answer.json_length).encode()),)
-        return Answer(answer.body, "application/octet-stream", extra)
+
+        def answer(model: ServedModel, computed: Computed) -> Answer:
+            found = oip.encode_response(request, computed, model=model.name, version=model.version)
+            if found.json_length is None:
+                return Answer(found.body, "application/json")
+            extra = ((oip.LENGTH_HEADER, str(found.json_length).encode()),)
+            return Answer(found.body, "application/octet-stream", extra)
+
+        return request.wire, answer
 
     async def _compute(self, model: ServedModel, request: wire.Request) -> Computed:
         """Queue a request and wait for its batch; whoever stops waiting cancels it."""
