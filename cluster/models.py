@@ -80,17 +80,12 @@ class Models:
         entry = self._inspect(bundle)
         table = self._table()
         after = table.loaded(entry)
-        self._change(after)
-        problems = [
-            row.reason
-            for row in self.list()
-            if (row.name, row.version) == (entry.name, entry.version) and row.ready < row.replicas
-        ]
-        if problems:
+        try:
+            self._change(after)
+            self._check_ready(entry)
+        except Unavailable:
             self._change(after.without(entry.name, entry.version))
-            raise Unavailable(
-                f"{bundle!r} was not loaded: {problems[0] or 'a replica did not follow'}"
-            )
+            raise
         if promote and after.current[entry.name] != entry.version:
             self.promote(entry.name, entry.version)
         return entry
@@ -135,6 +130,13 @@ class Models:
                 f"replicas: {row.reason or 'a replica did not follow yet'}"
             )
         self._change(after)
+
+    def _check_ready(self, entry: Entry) -> None:
+        """Refuse a version that a replica does not serve."""
+        for row in self.list():
+            if (row.name, row.version) == (entry.name, entry.version) and row.ready < row.replicas:
+                why = row.reason or "a replica did not follow"
+                raise Unavailable(f"{entry.bundle!r} was not loaded: {why}")
 
     def _inspect(self, bundle: str) -> Entry:
         """What every replica finds in the bundle, which must be the same."""

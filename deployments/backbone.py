@@ -168,9 +168,10 @@ class Backbone:
             await asyncio.sleep(_FOLLOW_PERIOD_S)
             try:
                 await self._catch_up()
-            except DataMixError as error:
-                # What is served is served on, and the next look may find the store well again.
-                logger.error("the table of models was not read: %s", error)
+            except Exception as error:
+                # What is served is served on, and the next look may find the store well again: a
+                # replica that stopped to look would fall behind the others for good.
+                logger.error("the table of models was not followed: %r", error)
 
     # --- what it tells about itself ---
 

@@ -46,28 +46,31 @@ class Catalog:
         self._problems: dict[Entry, str] = {}  # why an entry of the table is not served
         self._following = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
+        # All of them before the first one's thread starts, which nobody would stop if one failed.
         if table is None:
             loaded = [load(config, bundle) for bundle in config.bundles or (None,)]
             entries = tuple(each.entry for each in loaded)
             # The first bundle of a model is its current version.
             current = {entry.name: entry.version for entry in reversed(entries)}
             table = Table(configured=config.bundles, entries=entries, current=current)
-            for each in loaded:
-                self._add(each)
         else:
-            self._load_all(table)
+            loaded = self._load_all(table)
+        for each in loaded:
+            self._add(each)
         self._current = dict(table.current)
         self.table = table
 
-    def _load_all(self, table: Table) -> None:
+    def _load_all(self, table: Table) -> list[Loaded]:
+        loaded = []
         for entry in table.entries:
             try:
-                self._add(_named(entry, load(self._config, entry.bundle)))
+                loaded.append(_named(entry, load(self._config, entry.bundle)))
             except DataMixError as error:
                 # What is current must be there; an old version may be gone from where it was.
                 if table.current[entry.name] == entry.version:
                     raise
                 self._problems[entry] = str(error)
+        return loaded
 
     def __iter__(self) -> Iterator[ServedModel]:
         """Every version that is served."""

@@ -148,6 +148,27 @@ def message(model: str, version: str | None, number: int = 0) -> bytes:
     return wire.encode_request(rows, request_id=f"r{number}", model=model, model_version=version)
 
 
+def test_a_post_counts_for_the_version_that_its_message_names(bundles: dict[str, str]) -> None:
+    """Whoever unloads a version looks at its requests first."""
+    config = Config(bundle=(bundles["a1"], bundles["a2"]), engine="null")
+    bad = wire.encode_request(
+        np.zeros((1, 2, 2), np.float16), request_id="b", model="a", model_version="2"
+    )
+
+    async def go() -> None:
+        async with serving(config) as cloud, http(cloud) as peer:
+            path = "/v2/models/a/infer"
+            for body, status in ((message("a", None), 200), (message("a", "2"), 200), (bad, 400)):
+                assert (await peer.post(body, path=path)).status == status
+            assert (await peer.post(b"no message", path=path)).status == 400
+            stats = (await peer.get("/v2/stats")).json()
+            assert [m["requests"] for m in stats["models"]] == [
+                {"ok": 1, "400": 1}, {"ok": 1, "400": 1},
+            ]  # fmt: skip
+
+    asyncio.run(go())
+
+
 # --- the commands -------------------------------------------------------------------------------
 
 
@@ -214,6 +235,61 @@ def test_a_version_that_one_replica_cannot_load_is_taken_back(
         assert found == [("a", "1", True, 2)]
 
     run(test, bundles["a1"])
+
+
+def test_a_load_during_which_a_replica_dies_is_taken_back(bundles: dict[str, str]) -> None:
+    async def test(application: Replicas) -> None:
+        plain, asked = application.broadcast, 0
+
+        def dying(method: str, *arguments: Any) -> Sequence[dict[str, Any]]:
+            nonlocal asked
+            answers = plain(method, *arguments)
+            if arguments == (True,):  # to follow the table
+                asked += 1
+                if asked == 1:
+                    raise Unavailable("a replica did not answer: ActorDiedError")
+            return answers
+
+        models = Models(dying, application.store)
+        with pytest.raises(Unavailable, match="^a replica did not answer: ActorDiedError$"):
+            await asyncio.to_thread(models.load, bundles["a2"])
+        assert await asyncio.to_thread(standing, application) == [("a", "1", True, 2)]
+        await asyncio.to_thread(
+            models.load, bundles["a2"]
+        )  # and a second try is no "loaded already"
+        assert (await asyncio.to_thread(standing, application))[1] == ("a", "2", False, 2)
+
+    run(test, bundles["a1"])
+
+
+def test_a_replica_goes_on_following_after_a_fault_nobody_foresaw(
+    bundles: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FOLLOW_PERIOD_S", 0.01)
+
+    class Odd(MemoryStore):
+        faults = 0
+
+        def read(self) -> bytes | None:
+            if self.faults:
+                self.faults -= 1
+                raise RuntimeError("nobody knows")
+            return super().read()
+
+    async def go() -> None:
+        store = Odd()
+        config = Config(bundle=bundles["a1"], engine="null")
+        async with serving(config, store) as cloud:
+            entry = load(config, bundles["a2"]).entry
+            store.faults = 2
+            table = cloud.backbone.catalog.table.loaded(entry).promoted("a", "2")
+            store.write(table.model_dump_json().encode())
+            async with asyncio.timeout(PATIENCE_S):
+                while cloud.backbone.catalog.find("a").version != "2":
+                    await asyncio.sleep(0.001)
+            assert store.faults == 0
+
+    asyncio.run(go())
 
 
 def test_a_replica_catches_up_by_itself(
