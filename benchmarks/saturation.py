@@ -272,7 +272,7 @@ def rounds_of(plan: Load, threads: int, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def figures(rows: list[dict[str, Any]], model: str, prefix: str = "") -> dict[str, float]:
+def figures(rows: list[dict[str, Any]], model: str, prefix: str = "") -> dict[str, Any]:
     """Medians over the rounds of one model, by number of threads."""
     found = {}
     mine = [row for row in rows if row["model"] == model]
@@ -336,7 +336,6 @@ def main() -> None:
             "and all but its first convolution in the cloud",
         ],
         options.json,
-        packages=None,
         **figures(rows, names[0]),
         **figures(rows, names[1], "resnet18_"),
     )

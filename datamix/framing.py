@@ -36,8 +36,8 @@ _ARROW = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}
 
 
 @lru_cache(maxsize=256)
-def _header(dtype: Dtype, shape: tuple[int, ...], rows: int) -> tuple[pa.Schema, bytes, int]:
-    """Schema, record batch header and padding after the features, for one layout.
+def _header(dtype: Dtype, shape: tuple[int, ...], rows: int) -> tuple[pa.Schema, bytes]:
+    """Schema and record batch header of one layout.
 
     The header does not depend on the values, so pyarrow writes it once, over zeros.
     """
@@ -53,7 +53,7 @@ def _header(dtype: Dtype, shape: tuple[int, ...], rows: int) -> tuple[pa.Schema,
     schema = pa.schema(fields)
     message = pa.RecordBatch.from_arrays(columns, schema=schema).serialize().to_pybytes()
     metadata_bytes = int.from_bytes(message[4:8], "little")
-    return schema, message[: 8 + metadata_bytes], -(rows * size * zeros.type.byte_width) % _PADDING
+    return schema, message[: 8 + metadata_bytes]
 
 
 class Template(NamedTuple):
@@ -104,7 +104,7 @@ def template(
         fields: the metadata's keys, in the order in which they are written, each with its value or,
             where that changes, the length of its value in bytes.
     """
-    schema, header, _ = _header(dtype, shape[1:], shape[0])
+    schema, header = _header(dtype, shape[1:], shape[0])
     metadata = {
         key: bytes(value) if isinstance(value, int) else value.encode() for key, value in fields
     }

@@ -80,11 +80,12 @@ class Messages:
         self._draining = False
 
     def send(self, parts: list[Any]) -> int:
-        """Write one binary message, and say how long it is; it goes nowhere if the peer is gone."""
+        """Write one binary message, and say how long it is: 0 where the peer is gone."""
+        if self.transport is None or self.transport.is_disconnected:
+            return 0
         # Joined behind the room for a frame's header, so that picows need not copy it again.
         buffer = bytearray().join((_ROOM, *parts))
-        if self.transport is not None and not self.transport.is_disconnected:
-            self.transport.send_reuse_external_bytearray(WSMsgType.BINARY, buffer, len(_ROOM))
+        self.transport.send_reuse_external_bytearray(WSMsgType.BINARY, buffer, len(_ROOM))
         return len(buffer) - len(_ROOM)
 
     def receive(self, body: bytes | None) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from deployments.config import Config
+from deployments.websocket import Messages
 from tests.real_cloud import (
     PATIENCE_S,
     SHAPE,
@@ -133,3 +134,7 @@ def test_a_handshake_with_too_long_headers_is_told_so(size: int) -> None:
             assert (await peer.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
 
     run(test)
+
+
+def test_what_goes_nowhere_is_not_counted_as_sent() -> None:
+    assert Messages().send([b"answer"]) == 0
