@@ -110,8 +110,10 @@ async def _farewell(stream: Stream, oracle: Oracle, tally: Tally, chance: random
     stream.send(body)
     try:
         answer = await stream.receive(tally.limit_s)
-        if answer is None or judge(oracle.stream(body), wire.decode_response(answer)):
-            tally.found("farewell", f"an answer too many, or the wrong one: {answer!r}")
+        if answer is None:
+            tally.found("farewell", "the stream was closed")
+        elif problem := judge(oracle.stream(body), wire.decode_response(answer)):
+            tally.found("farewell", problem, body)
     except TimeoutError:
         tally.found("farewell", "no answer")
     await stream.close()
