@@ -54,23 +54,23 @@ class Dataset:
 
     Attributes:
         name: of the data set.
-        images: (n, C, H, W) uint8.
+        inputs: raw, as a device gets them: images are (n, C, H, W) uint8.
         labels: (n,) int64, indices into ``class_names``.
         class_names: one per class.
         preprocessing: the normalisation that fits these images.
     """
 
     name: str
-    images: npt.NDArray[np.uint8]
+    inputs: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
 
     def __post_init__(self) -> None:
         """Refuse parts that do not belong together."""
-        if len(self.images) != len(self.labels) or not len(self.labels):
+        if len(self.inputs) != len(self.labels) or not len(self.labels):
             raise ConfigError(
-                f"{self.name}: {len(self.images)} images and {len(self.labels)} labels,"
+                f"{self.name}: {len(self.inputs)} images and {len(self.labels)} labels,"
                 " expected as many of both, at least one"
             )
         if self.labels.min() < 0 or self.labels.max() >= len(self.class_names):

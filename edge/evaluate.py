@@ -96,7 +96,7 @@ def evaluate(bundle: str | Path, data: Dataset, *, threads: int = 1, seed: int =
         chosen = order[start : start + step]
         # Decoys fill up the last group; the device would do the same.
         filled = np.resize(chosen, -(-len(chosen) // manifest.group_size) * manifest.group_size)
-        features = device.stem(device.preprocess(data.images[filled]))
+        features = device.stem(device.preprocess(data.inputs[filled]))
         labels = data.labels[chosen]
         unmixed = _unmixed(device, blocks, features)[: len(chosen)]
         mixed = _mixed(device, blocks, features)[: len(chosen)]

@@ -214,7 +214,7 @@ def fit(
         rng = np.random.default_rng((config.seed, 1, step))
         torch.manual_seed(int(rng.integers(2**63)))  # for layers that draw, such as dropout
         chosen = order[batch * config.batch_size : (batch + 1) * config.batch_size]
-        inputs = normalise(augment(data.images[chosen], rng, config), data)
+        inputs = normalise(augment(data.inputs[chosen], rng, config), data)
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, total, config.peak_rate)
         loss = functional.cross_entropy(logits(inputs, rng), torch.from_numpy(data.labels[chosen]))
@@ -402,7 +402,7 @@ def _accuracy(part: nn.Module, data: Dataset) -> float:
     right = 0
     with torch.inference_mode():
         for at in range(0, len(data), 512):
-            guesses = part(normalise(data.images[at : at + 512], data)).argmax(1).numpy()
+            guesses = part(normalise(data.inputs[at : at + 512], data)).argmax(1).numpy()
             right += int((guesses == data.labels[at : at + 512]).sum())
     return right / len(data)
 
@@ -421,7 +421,7 @@ def measure_tolerance(model: SplitModel, data: Dataset, group_size: int, seed: i
         raise ConfigError(f"{len(data)} images are fewer than one group of {group_size}")
     worst = 0.0
     with torch.inference_mode():
-        exact = rounded = model.stem(normalise(data.images[:n], data))
+        exact = rounded = model.stem(normalise(data.inputs[:n], data))
         for index, block in enumerate(model.blocks):
             if index:
                 bridge = model.bridges[index - 1]

@@ -47,7 +47,7 @@ async def broadcast(method: str, *arguments: float) -> list[Any]:
 
 async def run(port: int, folder: Path) -> dict[str, Any]:
     """30 devices infer through TLS without a pause, while all streams are moved twice."""
-    device, images = TorchDevice(BUNDLE), load_sample().images[:8]
+    device, images = TorchDevice(BUNDLE), load_sample().inputs[:8]
     token, files = read_token(folder / "token"), issue(folder)
     enough = asyncio.Event()
     outputs: list[Any] = []

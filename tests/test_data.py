@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 def test_original_files_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = np.random.default_rng(0).integers(0, 256, (7, 28, 28), dtype=np.uint8)
     data = load_dataset("fashion-mnist", "train", folder)
-    np.testing.assert_array_equal(data.images, images[:, None])
+    np.testing.assert_array_equal(data.inputs, images[:, None])
     assert data.labels.dtype == np.int64
     assert len(load_dataset("fashion-mnist", "test", folder)) == 5
     monkeypatch.setenv("DATAMIX_DATA", str(folder))
@@ -43,15 +43,15 @@ def test_original_files_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_shipped_sample() -> None:
     sample = load_sample()
-    assert sample.images.shape == (1000, 1, 28, 28)
-    assert sample.images.dtype == np.uint8
+    assert sample.inputs.shape == (1000, 1, 28, 28)
+    assert sample.inputs.dtype == np.uint8
     assert sample.class_names == FASHION_MNIST_CLASSES
     # The test split begins with an ankle boot, a pullover and two trousers.
     assert sample.labels[:4].tolist() == [9, 2, 1, 1]
     assert np.bincount(sample.labels, minlength=10).min() > 80
     # The stated normalisation fits: about zero mean, about unit deviation.
     mean, std = sample.preprocessing.mean[0], sample.preprocessing.std[0]
-    pixels = (sample.images / 255 - mean) / std
+    pixels = (sample.inputs / 255 - mean) / std
     assert abs(float(pixels.mean())) < 0.05
     assert abs(float(pixels.std()) - 1) < 0.05
 
@@ -101,4 +101,4 @@ def test_broken_files_get_one_sentence(folder: Path, body: bytes, sentence: str)
 def test_labels_outside_the_classes_are_refused() -> None:
     sample = load_sample()
     with pytest.raises(ConfigError, match="a label is outside 0..9"):
-        Dataset("x", sample.images, sample.labels + 1, sample.class_names, sample.preprocessing)
+        Dataset("x", sample.inputs, sample.labels + 1, sample.class_names, sample.preprocessing)

@@ -47,9 +47,9 @@ def model() -> SplitModel:
 def relabelled(model: SplitModel) -> Dataset:
     """Images whose labels are what the model says, but for every tenth: 90% right by design."""
     data = load_sample()
-    data = dataclasses.replace(data, images=data.images[:101], labels=data.labels[:101])
+    data = dataclasses.replace(data, inputs=data.inputs[:101], labels=data.labels[:101])
     spec = data.preprocessing
-    pixels = (data.images / np.float32(255) - np.float32(spec.mean[0])) / np.float32(spec.std[0])
+    pixels = (data.inputs / np.float32(255) - np.float32(spec.mean[0])) / np.float32(spec.std[0])
     with torch.inference_mode():
         logits = model(torch.from_numpy(pixels.astype(np.float32)))
     top = logits.topk(2).values
@@ -58,7 +58,7 @@ def relabelled(model: SplitModel) -> Dataset:
     # Keep images that float16 cannot push over the border between two classes.
     clear = ((top[:, 0] - top[:, 1]) > 0.01).numpy()
     assert clear.sum() > 60
-    return dataclasses.replace(data, images=data.images[clear], labels=labels[clear])
+    return dataclasses.replace(data, inputs=data.inputs[clear], labels=labels[clear])
 
 
 def test_it_counts_right_answers_on_both_ways(
@@ -66,14 +66,14 @@ def test_it_counts_right_answers_on_both_ways(
 ) -> None:
     with torch.inference_mode():
         spec = relabelled.preprocessing
-        pixels = torch.from_numpy(relabelled.images.astype(np.float32) / np.float32(255))
+        pixels = torch.from_numpy(relabelled.inputs.astype(np.float32) / np.float32(255))
         logits = model((pixels - spec.mean[0]) / spec.std[0])
     expected = float((logits.argmax(1).numpy() == relabelled.labels).mean())
     assert 0.8 < expected < 0.97
     # Odd counts: the last group is filled up, and the fill is not counted.
     for n in (1, 3, len(relabelled)):
         data = dataclasses.replace(
-            relabelled, images=relabelled.images[-n:], labels=relabelled.labels[-n:]
+            relabelled, inputs=relabelled.inputs[-n:], labels=relabelled.labels[-n:]
         )
         right = float((logits.argmax(1).numpy()[-n:] == data.labels).mean())
         found = evaluate(save(tmp_path / str(n), model, data, accuracy_edge_only=0.25), data)

@@ -35,7 +35,7 @@ CONFIG = TrainConfig(architecture=SMALL, epochs=2, batch_size=32, seed=3)
 
 
 def part_of(data: Dataset, start: int, end: int) -> Dataset:
-    return dataclasses.replace(data, images=data.images[start:end], labels=data.labels[start:end])
+    return dataclasses.replace(data, inputs=data.inputs[start:end], labels=data.labels[start:end])
 
 
 @pytest.fixture(scope="module")
@@ -179,11 +179,11 @@ def test_a_non_linear_model_is_trained_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample = part_of(load_sample(), 0, 16)
-    colour = np.repeat(np.pad(sample.images, ((0, 0), (0, 0), (2, 2), (2, 2))), 3, axis=1)
+    colour = np.repeat(np.pad(sample.inputs, ((0, 0), (0, 0), (2, 2), (2, 2))), 3, axis=1)
     spec = sample.preprocessing.model_copy(
         update={"input_shape": (3, 32, 32), "mean": (0.3,) * 3, "std": (0.4,) * 3}
     )
-    data = dataclasses.replace(sample, images=colour, preprocessing=spec)
+    data = dataclasses.replace(sample, inputs=colour, preprocessing=spec)
     calls: list[int] = []
 
     def counted(model: Any, inputs: Any, rng: Any, group_size: int) -> Any:
@@ -326,7 +326,7 @@ def test_the_command_trains_from_files(
 ) -> None:
     sample = load_sample()
     for stem, start, end in (("train", 0, 128), ("t10k", 900, 1000)):
-        for kind, values in (("images-idx3", sample.images[:, 0]), ("labels-idx1", sample.labels)):
+        for kind, values in (("images-idx3", sample.inputs[:, 0]), ("labels-idx1", sample.labels)):
             part = values[start:end].astype(np.uint8)
             header = bytes((0, 0, 8, part.ndim)) + struct.pack(f">{part.ndim}I", *part.shape)
             body = gzip.compress(header + part.tobytes())

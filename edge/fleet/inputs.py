@@ -54,7 +54,7 @@ def load_inputs(path: str | None, manifest: Manifest) -> tuple[Array, Array]:
     """
     if path is None:
         sample = load_sample()
-        source, images, labels = "the shipped sample", sample.images, sample.labels
+        source, images, labels = "the shipped sample", sample.inputs, sample.labels
     else:
         source = path
         try:
