@@ -63,3 +63,20 @@ class Residual(nn.Module):
         """(n, C, H, W) -> the same shape."""
         kept: Tensor = x + self.inner(x)
         return kept
+
+
+class PReLU(nn.Module):
+    """``x`` where it is positive, ``slope * x`` elsewhere, one learned slope per channel.
+
+    The slopes start close to 1, at an almost linear layer: cross-talk between the members of a
+    group comes from what is not linear, so training decides how much of it pays.
+    """
+
+    def __init__(self, channels: int, start: float = 0.9) -> None:
+        """Let all slopes start at ``start``."""
+        super().__init__()
+        self.slope = nn.Parameter(torch.full((channels,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, C, H, W) -> the same shape."""
+        return nn.functional.prelu(x, self.slope.to(x.dtype))

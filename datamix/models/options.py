@@ -23,6 +23,27 @@ class Options:
             )
         return value
 
+    def text(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
+        """The word ``key``, one of ``allowed``."""
+        value = self._left.pop(key, default)
+        if value not in allowed:
+            raise ConfigError(f"{self._name}: {key} is {value!r}, expected one of {allowed}")
+        return str(value)
+
+    def numbers(self, key: str, default: str, low: int, high: int) -> tuple[int, ...]:
+        """The integers ``key``, each from ``low`` to ``high``; written like ``64,128``."""
+        value = self._left.pop(key, default)
+        try:
+            found = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            found = ()
+        if not 1 <= len(found) <= 64 or not all(low <= number <= high for number in found):
+            raise ConfigError(
+                f"{self._name}: {key} is {value!r}, expected integers from {low} to {high}"
+                " with commas between them"
+            )
+        return found
+
     def end(self) -> None:
         """Refuse an option that nobody took."""
         if self._left:
