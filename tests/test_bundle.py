@@ -19,8 +19,8 @@ from datamix.bundle import (
     MANIFEST,
     ArchitectureSpec,
     BlockShape,
+    ImagePreprocessing,
     Manifest,
-    Preprocessing,
     load_backbone,
     load_device,
     read_manifest,
@@ -44,7 +44,7 @@ def write(path: Path, model: SplitModel | None = None, **changes: Any) -> Manife
         "mode": "mix",
         "group_size": 4,
         "architecture": ArchitectureSpec(name="convnet", options=OPTIONS),
-        "preprocessing": Preprocessing(
+        "preprocessing": ImagePreprocessing(
             kind="image", input_shape=(1, 28, 28), mean=(0.25,), std=(0.5,)
         ),
         "class_names": tuple("abcdefghij"),
@@ -149,7 +149,7 @@ def test_a_manifest_survives_the_round_trip(
         group_size=group_size,
         tolerance=tolerance,
         metrics=metrics,
-        preprocessing=Preprocessing(
+        preprocessing=ImagePreprocessing(
             kind="image", input_shape=(1, 28, 28), mean=(mean,), std=(std,)
         ),
     )

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamix import wire
-from datamix.bundle import ArchitectureSpec, Preprocessing, load_backbone, save_bundle
+from datamix.bundle import ArchitectureSpec, ImagePreprocessing, load_backbone, save_bundle
 from datamix.errors import AnswerError, ConfigError
 from datamix.models import Architecture, build
 from edge.fleet.config import FleetConfig
@@ -88,7 +88,7 @@ class Bench:
             architecture=ArchitectureSpec(
                 name=architecture.name, options=dict(architecture.options)
             ),
-            preprocessing=Preprocessing(
+            preprocessing=ImagePreprocessing(
                 kind="image", input_shape=shape, mean=(0.5,) * shape[0], std=(0.5,) * shape[0]
             ),
             class_names=tuple(map(str, range(model.classes))),
