@@ -49,7 +49,7 @@ def relabelled(model: SplitModel) -> Dataset:
     data = load_sample()
     data = dataclasses.replace(data, inputs=data.inputs[:101], labels=data.labels[:101])
     spec = data.preprocessing
-    pixels = (data.inputs / np.float32(255) - np.float32(spec.mean[0])) / np.float32(spec.std[0])
+    pixels = (data.inputs[:] / np.float32(255) - np.float32(spec.mean[0])) / np.float32(spec.std[0])
     with torch.inference_mode():
         logits = model(torch.from_numpy(pixels.astype(np.float32)))
     top = logits.topk(2).values
@@ -66,7 +66,7 @@ def test_it_counts_right_answers_on_both_ways(
 ) -> None:
     with torch.inference_mode():
         spec = relabelled.preprocessing
-        pixels = torch.from_numpy(relabelled.inputs.astype(np.float32) / np.float32(255))
+        pixels = torch.from_numpy(relabelled.inputs[:].astype(np.float32) / np.float32(255))
         logits = model((pixels - spec.mean[0]) / spec.std[0])
     expected = float((logits.argmax(1).numpy() == relabelled.labels).mean())
     assert 0.8 < expected < 0.97
