@@ -98,6 +98,9 @@ def test_a_broken_mixing_would_show(
 def test_other_classes_are_refused(tmp_path: Path, model: SplitModel, relabelled: Dataset) -> None:
     bundle = save(tmp_path / "b", model, relabelled)
     other = dataclasses.replace(relabelled, class_names=tuple("abcdefghij"))
+    several = np.eye(10, dtype=np.float32)[relabelled.labels]
+    with pytest.raises(ConfigError, match="fashion-mnist has several labels per input"):
+        evaluate(bundle, dataclasses.replace(relabelled, labels=several))
     with pytest.raises(ConfigError, match="the classes of fashion-mnist are not those of small"):
         evaluate(bundle, other)
 

@@ -10,7 +10,7 @@ from edge.data.catalog import NAMES, load_dataset
 from edge.data.dataset import Dataset, Inputs, Split
 from edge.data.fashion_mnist import FASHION_MNIST_CLASSES, FASHION_MNIST_PREPROCESSING
 from edge.data.folder import VARIABLE
-from edge.data.sample import load_sample
+from edge.data.sample import load_sample, sample_for
 
 __all__ = [
     "FASHION_MNIST_CLASSES",
@@ -22,4 +22,5 @@ __all__ = [
     "Split",
     "load_dataset",
     "load_sample",
+    "sample_for",
 ]

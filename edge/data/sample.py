@@ -6,11 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
+from datamix.bundle import ImagePreprocessing, Preprocessing
 from datamix.errors import ConfigError
 from edge.data import fashion_mnist, speech_commands
 from edge.data.dataset import Dataset
 
 SAMPLES = Path(__file__).parents[1] / "samples"
+
+
+def sample_for(preprocessing: Preprocessing) -> Dataset:
+    """The shipped sample of the kind of input that a bundle takes: images or speech."""
+    if isinstance(preprocessing, ImagePreprocessing):
+        return load_sample(fashion_mnist.NAME)
+    return load_sample(speech_commands.NAME)
 
 
 def load_sample(name: str = fashion_mnist.NAME) -> Dataset:

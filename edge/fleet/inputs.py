@@ -17,7 +17,7 @@ from torch import nn
 from datamix.bundle import Manifest, load_backbone
 from datamix.errors import ConfigError
 from datamix.models import Architecture, build
-from edge.data import load_sample
+from edge.data import sample_for
 from edge.fleet import pacing
 from edge.fleet.config import FleetConfig
 from edge.fleet.workload import BundleWorkload, Reference
@@ -28,9 +28,8 @@ Floats = npt.NDArray[np.float32]
 
 _CHUNK = 64
 
-# By the kind of preprocessing: the array of an .npz file and its type, and the shipped sample.
+# By the kind of preprocessing: the array of an .npz file, and its type.
 _ARRAYS = {"image": ("images", np.dtype(np.uint8)), "log-mel": ("pcm", np.dtype(np.int16))}
-_SAMPLES = {"image": "fashion-mnist", "log-mel": "speech-commands"}
 
 
 def bundle_workload(config: FleetConfig, inferences: int) -> BundleWorkload:
@@ -62,7 +61,7 @@ def load_inputs(path: str | None, manifest: Manifest) -> tuple[Array, Array]:
     shape = manifest.preprocessing.raw_shape
     key, dtype = _ARRAYS[manifest.preprocessing.kind]
     if path is None:
-        sample = load_sample(_SAMPLES[manifest.preprocessing.kind])
+        sample = sample_for(manifest.preprocessing)
         source, raw, labels = "the shipped sample", sample.inputs[:], sample.labels
     else:
         source = path
