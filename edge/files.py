@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from datamix.bundle import ImagePreprocessing, LogMelPreprocessing, Preprocessing
 from datamix.errors import ConfigError
+from datamix.preprocessing import ImagePreprocessing, LogMelPreprocessing, Preprocessing
 from edge.data.wav import read_wav
 
 Array = npt.NDArray[Any]

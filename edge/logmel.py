@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from datamix.bundle import LogMelPreprocessing
 from datamix.errors import ConfigError
+from datamix.preprocessing import LogMelPreprocessing
 from edge.preprocess import FULL_SCALE, frame_window, mel_filters
 
 
 class LogMel(nn.Module):
     """(n, samples) int16, or float32 in -1..1, to (n, 1, n_mels, frames) float32.
+
+    Computed in float32 under autocast, too: powers span ten decades, which float16 does not.
 
     Values that a device would refuse are not looked for: training data is one's own, and a look
     at them would stop a GPU.
@@ -50,5 +52,6 @@ class LogMel(nn.Module):
             raise ConfigError(f"inputs have dtype {waves.dtype}, expected int16 or float32")
         spectrum = torch.fft.rfft(waves.unfold(1, spec.n_fft, spec.hop) * self.window)
         power = spectrum.real.square() + spectrum.imag.square()
-        levels = torch.log(power @ self.filters + spec.offset)
+        with torch.autocast(waves.device.type, enabled=False):
+            levels = torch.log(power @ self.filters + spec.offset)
         return ((levels - spec.mean[0]) / spec.std[0]).transpose(1, 2).unsqueeze(1)

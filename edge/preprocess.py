@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from datamix.bundle import ImagePreprocessing, LogMelPreprocessing, Preprocessing
 from datamix.errors import ConfigError
+from datamix.preprocessing import ImagePreprocessing, LogMelPreprocessing, Preprocessing
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]

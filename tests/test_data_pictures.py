@@ -114,6 +114,8 @@ def imagenet(tmp_path: Path) -> Path:
                 path = tmp_path / part / wnid / f"{wnid}_{i}.JPEG"
                 write_picture(path, (0, 0, 100 + 100 * number), 300, 240)
     (tmp_path / "train/n01440764/README.txt").write_text("no picture, and not taken for one")
+    (tmp_path / "train/n01440764/._a.JPEG").write_bytes(b"what some systems leave beside a file")
+    (tmp_path / "train/.trash").mkdir()
     return tmp_path
 
 

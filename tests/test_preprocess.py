@@ -98,6 +98,8 @@ def test_torch_gives_the_same_numbers(loudness: int) -> None:
     np.testing.assert_allclose(layer(torch.from_numpy(clips)).numpy(), expected, atol=1e-4)
     waves = torch.from_numpy((clips / 32_768).astype(np.float32))
     np.testing.assert_allclose(layer(waves).numpy(), expected, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_allclose(layer(waves).numpy(), expected, atol=1e-4)
     assert layer.state_dict() == {}, "the formula's constants belong into no checkpoint"
 
 

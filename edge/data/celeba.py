@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datamix.bundle import ImagePreprocessing
 from datamix.errors import ConfigError
+from datamix.preprocessing import ImagePreprocessing
 from edge.data.dataset import Dataset, Split
 from edge.data.folder import find_folder, missing, read_lines
 from edge.data.pictures import Pictures

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from datamix.bundle import ImagePreprocessing
 from datamix.errors import ConfigError
+from datamix.preprocessing import ImagePreprocessing
 from edge.data.dataset import Dataset, Split
 from edge.data.folder import find_folder, missing
 from edge.data.pickled import read_pickle

@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from datamix.bundle import Preprocessing
 from datamix.errors import ConfigError
+from datamix.preprocessing import Preprocessing
 
 Split = Literal["train", "val", "test"]
 Array = npt.NDArray[Any]

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from datamix.bundle import ImagePreprocessing
 from datamix.errors import ConfigError
+from datamix.preprocessing import ImagePreprocessing
 from edge.data.dataset import Dataset, Split
 from edge.data.folder import find_folder, missing
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datamix.bundle import ImagePreprocessing
 from datamix.errors import ConfigError
+from datamix.preprocessing import ImagePreprocessing
 from edge.data.dataset import Dataset, Split
 from edge.data.folder import find_folder, missing
 from edge.data.pictures import Pictures
@@ -59,7 +59,7 @@ def load(split: Split, directory: str | Path | None) -> Dataset:
         here = sorted(
             path
             for path in (folder / _FOLDERS[split] / name).iterdir()
-            if path.suffix.lower() in _SUFFIXES
+            if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
         )
         paths += here
         counts.append(len(here))
@@ -70,7 +70,9 @@ def load(split: Split, directory: str | Path | None) -> Dataset:
 def _classes(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         return ()
-    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+    return tuple(
+        sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    )
 
 
 def _fit(picture: Image) -> Image:

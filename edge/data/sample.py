@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datamix.bundle import ImagePreprocessing, Preprocessing
 from datamix.errors import ConfigError
+from datamix.preprocessing import ImagePreprocessing, Preprocessing
 from edge.data import fashion_mnist, speech_commands
 from edge.data.dataset import Dataset
 

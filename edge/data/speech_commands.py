@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from datamix.bundle import LogMelPreprocessing
 from datamix.errors import ConfigError
+from datamix.preprocessing import LogMelPreprocessing
 from edge.data.dataset import Array, Dataset, Inputs, Split
 from edge.data.folder import find_folder, missing, read_lines
 from edge.data.wav import Clips
@@ -132,7 +132,7 @@ def _load_parquet(split: Split, path: Path) -> Dataset:
 
 def _load_folder(split: Split, folder: Path) -> Dataset:
     """Clips of the ten words, and so many of all other words that they are a tenth of those."""
-    words = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("_"))
+    words = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] not in "._")
     if not set(words) >= set(SPEECH_COMMANDS_CLASSES[:-1]):
         lacking = sorted(set(SPEECH_COMMANDS_CLASSES[:-1]) - set(words))
         raise missing(f"folder {lacking[0]}", folder, _LAYOUT)
