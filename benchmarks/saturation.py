@@ -27,7 +27,13 @@ import psutil
 from benchmarks import clusters, load, report
 from cluster.demo import default_bundle
 from datamix import wire
-from datamix.bundle import ArchitectureSpec, Manifest, Preprocessing, read_manifest, save_bundle
+from datamix.bundle import (
+    ArchitectureSpec,
+    ImagePreprocessing,
+    Manifest,
+    read_manifest,
+    save_bundle,
+)
 from deployments.cores import let_threads_sleep
 
 RESNET18 = "resnet18"
@@ -69,7 +75,7 @@ def save_resnet18(folder: str | Path, image_size: int) -> str:
         mode="mix",
         group_size=4,
         architecture=ArchitectureSpec(name=RESNET18, options=options),
-        preprocessing=Preprocessing(
+        preprocessing=ImagePreprocessing(
             kind="image", input_shape=(3, image_size, image_size), mean=(0.5,) * 3, std=(0.5,) * 3
         ),
         class_names=tuple(map(str, range(10))),

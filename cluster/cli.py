@@ -224,7 +224,7 @@ def profile_engine(
 
 @app.command()
 def infer(
-    files: Annotated[list[Path], typer.Argument(help="Pictures, or uint8 arrays as .npy.")],
+    files: Annotated[list[Path], typer.Argument(help="Pictures or .wav, or arrays as .npy.")],
     url: Annotated[str, typer.Option(help="Base URL of the cloud, http://host:port.")],
     bundle: Annotated[str, typer.Option(help="Folder or URI of the bundle.")],
     timeout: Annotated[float, typer.Option(help="Seconds until an inference has failed.")] = 30,
@@ -240,7 +240,7 @@ def infer(
     from edge.runtime import TorchDevice
 
     device = TorchDevice(bundle)
-    names, inputs = read_inputs(files, device.manifest.preprocessing.input_shape)
+    names, inputs = read_inputs(files, device.manifest.preprocessing)
     patience = ClientConfig(timeout_s=timeout)
     with SyncClient(
         url, device, token=_token(token_file), ca_file=ca_file, config=patience
@@ -299,7 +299,8 @@ def train(
 def evaluate(
     bundle: Annotated[str, typer.Option(help="Folder or URI of the bundle.")],
     dataset: Annotated[
-        str, typer.Option(help="fashion-mnist (test split) or sample (shipped).")
+        str,
+        typer.Option(help="Name of a data set (test split), or sample: the shipped one that fits."),
     ] = "sample",
     data: Annotated[
         Path | None, typer.Option(help="Folder of the data set; else $DATAMIX_DATA.")
@@ -310,12 +311,16 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a bundle here: unmixed, mixed, edge only, share of FLOPs on the edge."""
-    from edge.data import load_dataset, load_sample
+    from datamix.bundle import read_manifest
+    from edge.data import load_dataset, sample_for
     from edge.evaluate import evaluate as run
     from edge.evaluate import table
 
-    images = load_sample() if dataset == "sample" else load_dataset(dataset, "test", data)
-    found = run(bundle, images, threads=threads)
+    if dataset == "sample":
+        test = sample_for(read_manifest(bundle).preprocessing)
+    else:
+        test = load_dataset(dataset, "test", data)
+    found = run(bundle, test, threads=threads)
     print(table(found))
     if json_path is not None:
         json_path.write_text(json.dumps(found.to_json(), indent=2) + "\n")
@@ -328,7 +333,7 @@ def simulate(
         str | None, typer.Option(help="Folder or URI of the bundle the devices run.")
     ] = None,
     inputs: Annotated[
-        str | None, typer.Option(help=".npz of images and labels; else the shipped sample.")
+        str | None, typer.Option(help=".npz of images or pcm, and labels; else the shipped sample.")
     ] = None,
     devices: Annotated[int, typer.Option(help="Devices, each with a stream of its own.")] = 200,
     rate: Annotated[float, typer.Option(help="Inferences (groups) per second, all devices.")] = 50,

@@ -22,9 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import pyarrow.fs
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from datamix.errors import BundleError, ConfigError
+from datamix.preprocessing import ImagePreprocessing as ImagePreprocessing
+from datamix.preprocessing import LogMelPreprocessing as LogMelPreprocessing
+from datamix.preprocessing import Preprocessing as Preprocessing
+from datamix.schema import MAX_VALUES, Shape, Strict
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,62 +43,36 @@ BACKBONE: Final = "backbone.safetensors"
 
 MAX_MANIFEST_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 1 << 20  # of a safetensors file: names, types and shapes
-_MAX_VALUES = 1 << 26  # of one feature tensor: 256 MiB in float32
 
 Side = Literal["device", "backbone"]
 _FILES: Mapping[Side, _WeightFile] = {"device": DEVICE, "backbone": BACKBONE}
 
-_Extent = Annotated[int, Field(ge=1, le=65_536)]
-_Shape = tuple[_Extent, _Extent, _Extent]
 _Text = Annotated[str, Field(max_length=256)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class BlockShape(_Strict):
+class BlockShape(Strict):
     """Shapes (C, H, W) of one block's rows, in and out."""
 
-    input_shape: _Shape
-    output_shape: _Shape
+    input_shape: Shape
+    output_shape: Shape
 
     @model_validator(mode="after")
     def _fits(self) -> BlockShape:
         for channels, height, width in (self.input_shape, self.output_shape):
-            if channels * height * width > _MAX_VALUES:
-                raise ValueError(f"a row has more than {_MAX_VALUES} values")
+            if channels * height * width > MAX_VALUES:
+                raise ValueError(f"a row has more than {MAX_VALUES} values")
         return self
 
 
-class ArchitectureSpec(_Strict):
+class ArchitectureSpec(Strict):
     """What :func:`datamix.models.build` needs."""
 
     name: _Text
     options: Annotated[dict[_Text, int | _Text], Field(max_length=64)] = {}
 
 
-class Preprocessing(_Strict):
-    """From raw uint8 pixels: ``(pixel / 255 - mean) / std`` per channel.
-
-    ``input_shape`` is (C, H, W); ``mean`` and ``std`` have C values each.
-    """
-
-    kind: Literal["image"]
-    input_shape: _Shape
-    mean: Annotated[tuple[FiniteFloat, ...], Field(max_length=1024)]
-    std: Annotated[tuple[Annotated[FiniteFloat, Field(gt=0)], ...], Field(max_length=1024)]
-
-    @model_validator(mode="after")
-    def _fits(self) -> Preprocessing:
-        channels = self.input_shape[0]
-        if len(self.mean) != channels or len(self.std) != channels:
-            raise ValueError(f"mean and std need {channels} values each, one per channel")
-        return self
-
-
-class Manifest(_Strict):
+class Manifest(Strict):
     """What a bundle says about itself.
 
     Attributes:

@@ -190,7 +190,7 @@ class Client:
         decoys of noise, whose outputs are cut off.
 
         Args:
-            inputs: (n, *input_shape), raw uint8 or preprocessed float32; see
+            inputs: (n, *raw_shape), raw uint8 or int16, or float32 of full scale 1; see
                 :meth:`edge.session.Device.preprocess`.
 
         Returns:

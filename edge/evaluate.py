@@ -34,7 +34,7 @@ class Evaluation:
         edge_flops_share: the device's share of FLOPs, mixing included.
         edge_flops_share_collapsed: the same against blocks at their cheapest (linear ones can be
             multiplied out, which a plain count would hide).
-        n: how many images were evaluated.
+        n: how many inputs were evaluated.
         group_size: K.
         rounds: trips to the cloud per inference.
         mode: which one the bundle was trained for.
@@ -59,7 +59,7 @@ def table(found: Evaluation) -> str:
     """Plain lines for a terminal."""
     edge_only = found.accuracy_edge_only
     lines = (
-        ("images", f"{found.n}"),
+        ("inputs", f"{found.n}"),
         ("mode, group size, rounds", f"{found.mode}, {found.group_size}, {found.rounds}"),
         ("accuracy unmixed", f"{found.accuracy_unmixed:.2%}"),
         ("accuracy mixed, float16 wire", f"{found.accuracy_mixed:.2%}"),
@@ -78,15 +78,17 @@ def evaluate(bundle: str | Path, data: Dataset, *, threads: int = 1, seed: int =
     """Evaluate a bundle on ``data``, all on this machine.
 
     Groups are drawn at random from ``seed``, so that no group is of one class by the file's order;
-    the last one is filled up with images that are not counted. Coefficients are fresh and come
-    from the operating system's entropy, so the mixed accuracy moves by a few images between runs.
+    the last one is filled up with inputs that are not counted. Coefficients are fresh and come
+    from the operating system's entropy, so the mixed accuracy moves by a few inputs between runs.
 
     Raises:
         BundleError: a bundle that can't be read or trusted.
-        ConfigError: images or classes that don't fit the bundle.
+        ConfigError: inputs or classes that don't fit the bundle, or several labels per input.
     """
     device = TorchDevice(bundle, threads)
     manifest, blocks = load_backbone(bundle)
+    if data.multilabel:
+        raise ConfigError(f"{data.name} has several labels per input, expected one to count")
     if data.class_names != manifest.class_names:
         raise ConfigError(f"the classes of {data.name} are not those of {manifest.name}")
     order = np.random.default_rng(seed).permutation(len(data))

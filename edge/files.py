@@ -1,4 +1,4 @@
-"""Inputs from files, for the command line: pictures, or arrays as numpy saves them."""
+"""Inputs from files, for the command line: pictures, sound, or arrays as numpy saves them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ import numpy as np
 import numpy.typing as npt
 
 from datamix.errors import ConfigError
+from datamix.preprocessing import ImagePreprocessing, LogMelPreprocessing, Preprocessing
+from edge.data.wav import read_wav
 
 Array = npt.NDArray[Any]
 
 
-def read_inputs(
-    paths: Sequence[Path], input_shape: tuple[int, ...]
-) -> tuple[list[str], npt.NDArray[np.uint8]]:
-    """Read pictures and ``.npy`` arrays as inputs of the shape that a bundle wants.
+def read_inputs(paths: Sequence[Path], preprocessing: Preprocessing) -> tuple[list[str], Array]:
+    """Read files as raw inputs of the kind that a bundle wants.
 
-    A picture becomes grey or RGB, as the number of channels says, and is resized. An array holds
-    one input (*input_shape) or several (n, *input_shape), uint8; a channel of 1 may be left out.
+    A picture becomes grey or RGB, as the number of channels says, and is resized. A ``.wav`` file
+    is mono, of 16 bits and at the bundle's rate; a shorter one than the bundle takes ends in
+    silence. A ``.npy`` array holds one input or several, of the raw type; a channel of 1 may be
+    left out.
 
     Returns:
-        A name for each input (the file's, with a number where it holds several), and the inputs
-        (n, *input_shape) uint8.
+        A name for each input (the file's, with a number where it holds several), and the inputs,
+        (n, C, H, W) uint8 or (n, samples) int16.
 
     Raises:
         ConfigError: a file that cannot be read as such.
@@ -32,30 +34,53 @@ def read_inputs(
     names: list[str] = []
     inputs: list[Array] = []
     for path in paths:
-        found = _array(path, input_shape) if path.suffix == ".npy" else _picture(path, input_shape)
+        found = _read(path, preprocessing)
         names += [str(path)] if len(found) == 1 else [f"{path}[{i}]" for i in range(len(found))]
         inputs.append(found)
     if not inputs:
-        return [], np.empty((0, *input_shape), np.uint8)
+        return [], np.empty((0, *preprocessing.raw_shape), _dtype(preprocessing))
     return names, np.concatenate(inputs)
 
 
-def _array(path: Path, input_shape: tuple[int, ...]) -> Array:
+def _read(path: Path, preprocessing: Preprocessing) -> Array:
+    if path.suffix == ".npy":
+        return _array(path, preprocessing.raw_shape, _dtype(preprocessing))
+    if isinstance(preprocessing, ImagePreprocessing):
+        return _picture(path, preprocessing.input_shape)
+    return _clip(path, preprocessing)
+
+
+def _dtype(preprocessing: Preprocessing) -> np.dtype[Any]:
+    return np.dtype(np.uint8 if isinstance(preprocessing, ImagePreprocessing) else np.int16)
+
+
+def _array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is no array that numpy can load: {error}") from error
-    if array.dtype != np.uint8:
-        raise ConfigError(f"{path} holds {array.dtype}, expected uint8")
-    wanted = [input_shape, input_shape[1:]] if input_shape[0] == 1 else [input_shape]
-    for shape in wanted:
-        if array.shape in (shape, (len(array), *shape)):
-            inputs: Array = array.reshape(-1, *input_shape)
+    if array.dtype != dtype:
+        raise ConfigError(f"{path} holds {array.dtype}, expected {dtype}")
+    wanted = [shape, shape[1:]] if len(shape) > 1 and shape[0] == 1 else [shape]
+    for one in wanted:
+        if array.ndim and array.shape in (one, (len(array), *one)):
+            inputs: Array = array.reshape(-1, *shape)
             return inputs
-    raise ConfigError(f"{path} has shape {array.shape}, expected (n, {str(input_shape)[1:-1]})")
+    raise ConfigError(f"{path} has shape {array.shape}, expected (n, {', '.join(map(str, shape))})")
 
 
-def _picture(path: Path, input_shape: tuple[int, ...]) -> Array:
+def _clip(path: Path, preprocessing: LogMelPreprocessing) -> Array:
+    samples, rate = preprocessing.samples, preprocessing.sample_rate
+    found = read_wav(path, rate)
+    if not 0 < len(found) <= samples:
+        raise ConfigError(
+            f"{path} lasts {len(found) / rate:.2f} s, expected more than 0 and at most"
+            f" {samples / rate:.2f} s"
+        )
+    return np.pad(found, (0, samples - len(found)))[None]
+
+
+def _picture(path: Path, input_shape: tuple[int, int, int]) -> Array:
     from PIL import Image, UnidentifiedImageError
 
     channels, height, width = input_shape

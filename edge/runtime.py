@@ -12,6 +12,7 @@ from torch import nn
 
 from datamix.bundle import Manifest, load_device
 from datamix.errors import ConfigError
+from edge.preprocess import preprocessor
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -41,15 +42,13 @@ class TorchDevice:
             raise ConfigError(f"threads is {threads}, expected at least 1")
         torch.set_num_threads(threads)
         self.manifest, self._stem, self._bridges, self._head = load_device(bundle)
-        preprocessing = self.manifest.preprocessing
-        self._mean = np.asarray(preprocessing.mean, np.float32)[:, None, None]
-        self._std = np.asarray(preprocessing.std, np.float32)[:, None, None]
+        self._preprocess = preprocessor(self.manifest.preprocessing)
 
     def preprocess(self, raw: Array) -> Floats:
-        """Normalise pixels as in training.
+        """Raw inputs as in training; see :func:`edge.preprocess.preprocessor`.
 
         Args:
-            raw: (n, *input_shape), uint8 in 0..255 or float32 in 0..1.
+            raw: (n, C, H, W) uint8 pixels or (n, samples) int16 audio, or float32 of full scale 1.
 
         Returns:
             (n, *input_shape) float32.
@@ -57,16 +56,7 @@ class TorchDevice:
         Raises:
             ConfigError: another shape, type or range.
         """
-        self._check("inputs", raw, self.manifest.preprocessing.input_shape)
-        if raw.dtype == np.uint8:
-            pixels = raw.astype(np.float32) / np.float32(255)
-        elif raw.dtype == np.float32:
-            if raw.size and not (raw.min() >= 0 and raw.max() <= 1):  # NaN fails both
-                raise ConfigError("float32 inputs hold values outside 0..1")
-            pixels = raw
-        else:
-            raise ConfigError(f"inputs have dtype {raw.dtype}, expected uint8 or float32")
-        return np.asarray((pixels - self._mean) / self._std, np.float32)
+        return self._preprocess(raw)
 
     def stem(self, inputs: Array) -> Floats:
         """Preprocessed inputs (n, *input_shape) to features (n, C, H, W), both float32.

@@ -35,7 +35,7 @@ class Device(Protocol):
         ...
 
     def preprocess(self, raw: Array) -> Floats:
-        """Raw inputs (n, *input_shape) as the stem wants them."""
+        """Raw inputs (n, *raw_shape) as the stem wants them, (n, *input_shape)."""
         ...
 
     def stem(self, inputs: Array) -> Floats:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from datamix.bundle import ArchitectureSpec, BlockShape, Manifest, Preprocessing
+from datamix.bundle import ArchitectureSpec, BlockShape, ImagePreprocessing, Manifest
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -31,7 +31,7 @@ def make_manifest(
         group_size=group_size,
         blocks=tuple(BlockShape(input_shape=a, output_shape=b) for a, b in SHAPES[:rounds]),
         architecture=ArchitectureSpec(name="fake"),
-        preprocessing=Preprocessing(kind="image", input_shape=INPUT, mean=(0.5,), std=(0.25,)),
+        preprocessing=ImagePreprocessing(kind="image", input_shape=INPUT, mean=(0.5,), std=(0.25,)),
         class_names=tuple("abcde"[:CLASSES]),
         wire_dtype="float16",
         tolerance=0.01,

@@ -17,7 +17,13 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from datamix import wire
-from datamix.bundle import BACKBONE, ArchitectureSpec, Preprocessing, load_backbone, save_bundle
+from datamix.bundle import (
+    BACKBONE,
+    ArchitectureSpec,
+    ImagePreprocessing,
+    load_backbone,
+    save_bundle,
+)
 from datamix.errors import BundleError, ConfigError, NotFound, TooLarge, Unavailable, WireError
 from datamix.models import Architecture, build
 from deployments import backbone as module
@@ -71,7 +77,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         mode="mix",
         group_size=4,
         architecture=ArchitectureSpec(name="convnet", options=OPTIONS),
-        preprocessing=Preprocessing(
+        preprocessing=ImagePreprocessing(
             kind="image", input_shape=(1, 28, 28), mean=(0.25,), std=(0.5,)
         ),
         class_names=tuple("abcdefghij"),

@@ -19,8 +19,9 @@ from datamix.bundle import (
     MANIFEST,
     ArchitectureSpec,
     BlockShape,
+    ImagePreprocessing,
+    LogMelPreprocessing,
     Manifest,
-    Preprocessing,
     load_backbone,
     load_device,
     read_manifest,
@@ -44,7 +45,7 @@ def write(path: Path, model: SplitModel | None = None, **changes: Any) -> Manife
         "mode": "mix",
         "group_size": 4,
         "architecture": ArchitectureSpec(name="convnet", options=OPTIONS),
-        "preprocessing": Preprocessing(
+        "preprocessing": ImagePreprocessing(
             kind="image", input_shape=(1, 28, 28), mean=(0.25,), std=(0.5,)
         ),
         "class_names": tuple("abcdefghij"),
@@ -52,6 +53,22 @@ def write(path: Path, model: SplitModel | None = None, **changes: Any) -> Manife
         "metrics": {"accuracy_mixed": 0.5},
     }
     return save_bundle(path, model or small_model(), **(fields | changes))
+
+
+LOG_MEL: dict[str, Any] = {
+    "kind": "log-mel",
+    "sample_rate": 16_000,
+    "samples": 4_000,
+    "n_fft": 400,
+    "hop": 130,
+    "n_mels": 28,
+    "low_hz": 20.0,
+    "high_hz": 8_000.0,
+    "offset": 1e-6,
+    "input_shape": [1, 28, 28],
+    "mean": [-6.0],
+    "std": [4.5],
+}
 
 
 @pytest.fixture
@@ -149,7 +166,7 @@ def test_a_manifest_survives_the_round_trip(
         group_size=group_size,
         tolerance=tolerance,
         metrics=metrics,
-        preprocessing=Preprocessing(
+        preprocessing=ImagePreprocessing(
             kind="image", input_shape=(1, 28, 28), mean=(mean,), std=(std,)
         ),
     )
@@ -207,6 +224,47 @@ def test_hostile_manifests_get_one_sentence(bundle: Path, change: Any, sentence:
         load_backbone(bundle)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 700
+
+
+def test_a_log_mel_manifest_is_read_back(tmp_path: Path) -> None:
+    preprocessing = LogMelPreprocessing.model_validate_json(json.dumps(LOG_MEL))
+    written = write(tmp_path / "bundle", preprocessing=preprocessing)
+    found = read_manifest(tmp_path / "bundle").preprocessing
+    assert found == written.preprocessing == preprocessing
+    assert (found.raw_shape, found.input_shape) == ((4_000,), (1, 28, 28))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"kind": "mfcc"}, "preprocessing"),
+        ({"kind": "image"}, "preprocessing"),
+        ({"kind": None}, "preprocessing"),
+        ({"hop": 0}, "hop"),
+        ({"n_fft": 1 << 20}, "n_fft"),
+        ({"n_fft": 4_001}, "a frame of 4001 is longer than 4000 samples"),
+        ({"hop": 120}, "input_shape needs to be"),
+        ({"input_shape": [1, 28, 27]}, r"input_shape needs to be \(1, 28, 28\)"),
+        ({"high_hz": 8_001.0}, "need to ascend"),
+        ({"low_hz": 8_000.0}, "need to ascend"),
+        ({"offset": 0.0}, "offset"),
+        ({"mean": [0.0, 0.0]}, "mean"),
+        ({"std": [0.0]}, "std"),
+        ({"std": [float("inf")]}, "std"),
+        (
+            {"samples": 65_000 + 16_384, "n_fft": 16_384, "hop": 1, "input_shape": [1, 28, 65_001]},
+            "the frames of one input have more than 67108864 values",
+        ),
+    ],
+)
+def test_hostile_log_mel_gets_one_sentence(
+    bundle: Path, change: dict[str, Any], sentence: str
+) -> None:
+    edit(bundle, lambda manifest: manifest.update(preprocessing=LOG_MEL))
+    read_manifest(bundle)
+    edit(bundle, lambda manifest: manifest["preprocessing"].update(change))
+    with pytest.raises(BundleError, match=sentence):
+        read_manifest(bundle)
 
 
 @settings(

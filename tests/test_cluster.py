@@ -43,7 +43,7 @@ def device() -> TorchDevice:
 
 @pytest.fixture(scope="module")
 def images() -> npt.NDArray[np.uint8]:
-    return load_sample().inputs
+    return load_sample().inputs[:]
 
 
 @pytest.fixture(scope="module")

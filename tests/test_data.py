@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import struct
 from pathlib import Path
@@ -43,15 +44,16 @@ def test_original_files_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_shipped_sample() -> None:
     sample = load_sample()
-    assert sample.inputs.shape == (1000, 1, 28, 28)
-    assert sample.inputs.dtype == np.uint8
+    images = sample.inputs[:]
+    assert images.shape == (1000, 1, 28, 28)
+    assert images.dtype == np.uint8
     assert sample.class_names == FASHION_MNIST_CLASSES
     # The test split begins with an ankle boot, a pullover and two trousers.
     assert sample.labels[:4].tolist() == [9, 2, 1, 1]
     assert np.bincount(sample.labels, minlength=10).min() > 80
     # The stated normalisation fits: about zero mean, about unit deviation.
     mean, std = sample.preprocessing.mean[0], sample.preprocessing.std[0]
-    pixels = (sample.inputs / 255 - mean) / std
+    pixels = (images / 255 - mean) / std
     assert abs(float(pixels.mean())) < 0.05
     assert abs(float(pixels.std()) - 1) < 0.05
 
@@ -65,8 +67,12 @@ def test_a_missing_directory_or_file_says_what_is_expected(
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(ConfigError, match="no t10k-labels-idx1-ubyte.gz in .*; expected train-im"):
         load_dataset("fashion-mnist", "test", folder)
-    with pytest.raises(ConfigError, match="data set is 'imagenet', expected 'fashion-mnist'"):
-        load_dataset("imagenet", "test", folder)
+    with pytest.raises(ConfigError, match="no folder .*/nowhere; pass --data DIR or set"):
+        load_dataset("fashion-mnist", "test", folder / "nowhere")
+    with pytest.raises(ConfigError, match="data set is 'mnist', expected one of fashion-mnist, ci"):
+        load_dataset("mnist", "test", folder)
+    with pytest.raises(ConfigError, match="split of fashion-mnist is 'val', expected one of train"):
+        load_dataset("fashion-mnist", "val", folder)
 
 
 IMAGES = np.zeros((7, 28, 28), np.uint8).tobytes()
@@ -88,7 +94,7 @@ IMAGES = np.zeros((7, 28, 28), np.uint8).tobytes()
         ),
         (
             gzip.compress(bytes((0, 0, 8, 3)) + struct.pack(">3I", 1, 28, 28) + bytes(784)),
-            "1 images",
+            "1 inputs",
         ),
     ],
 )
@@ -102,3 +108,26 @@ def test_labels_outside_the_classes_are_refused() -> None:
     sample = load_sample()
     with pytest.raises(ConfigError, match="a label is outside 0..9"):
         Dataset("x", sample.inputs, sample.labels + 1, sample.class_names, sample.preprocessing)
+
+
+def test_a_data_set_of_several_labels_says_so() -> None:
+    sample = load_sample()
+    spec, names = sample.preprocessing, sample.class_names
+    labels = np.eye(10, dtype=np.float32)[sample.labels]
+    several = Dataset("x", sample.inputs, labels, names, spec)
+    assert several.multilabel and not sample.multilabel
+    with pytest.raises(ConfigError, match=r"labels have shape \(1000, 9\), expected \(1000, 10\)"):
+        Dataset("x", sample.inputs, labels[:, 1:], names, spec)
+    with pytest.raises(ConfigError, match="a label is neither 0 nor 1"):
+        Dataset("x", sample.inputs, labels * np.float32(0.5), names, spec)
+
+
+def test_attributes_are_one_per_input() -> None:
+    sample = load_sample("speech-commands")
+    with pytest.raises(ConfigError, match="175 values of 'speaker', expected 176"):
+        dataclasses.replace(sample, attributes={"speaker": sample.attributes["speaker"][1:]})
+
+
+def test_an_unknown_sample_is_refused() -> None:
+    with pytest.raises(ConfigError, match="sample is 'cifar10', expected 'fashion-mnist' or"):
+        load_sample("cifar10")

@@ -152,7 +152,7 @@ def test_no_shared_memory_at_all(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from datamix.bundle import ArchitectureSpec, Preprocessing, save_bundle
+    from datamix.bundle import ArchitectureSpec, ImagePreprocessing, save_bundle
     from datamix.models import Architecture, build
 
     spec = ArchitectureSpec(name="convnet", options={"n_blocks": 1})
@@ -165,7 +165,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         mode="mix",
         group_size=4,
         architecture=spec,
-        preprocessing=Preprocessing(kind="image", input_shape=(1, 28, 28), mean=(0.0,), std=(1.0,)),
+        preprocessing=ImagePreprocessing(
+            kind="image", input_shape=(1, 28, 28), mean=(0.0,), std=(1.0,)
+        ),
         class_names=tuple("abcdefghij"),
         tolerance=0.01,
         metrics={},

@@ -13,9 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamix import wire
-from datamix.bundle import ArchitectureSpec, Preprocessing, load_backbone, save_bundle
+from datamix.bundle import (
+    ArchitectureSpec,
+    ImagePreprocessing,
+    LogMelPreprocessing,
+    Preprocessing,
+    load_backbone,
+    save_bundle,
+)
 from datamix.errors import AnswerError, ConfigError
 from datamix.models import Architecture, build
+from edge.data import load_sample
+from edge.data.speech_commands import SPEECH_COMMANDS_PREPROCESSING
 from edge.fleet.config import FleetConfig
 from edge.fleet.inputs import bundle_workload
 from edge.fleet.workload import EchoWorkload, Outcome, Workload
@@ -74,7 +83,13 @@ def test_no_two_echo_messages_are_alike(first: int, second: int) -> None:
 class Bench:
     """A small bundle with random weights, its inputs, and its cloud."""
 
-    def __init__(self, folder: Path, architecture: Architecture, tolerance: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        architecture: Architecture,
+        tolerance: float,
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
         torch.manual_seed(0)
         model = build(architecture).eval()
         shape = model.input_shape
@@ -88,7 +103,8 @@ class Bench:
             architecture=ArchitectureSpec(
                 name=architecture.name, options=dict(architecture.options)
             ),
-            preprocessing=Preprocessing(
+            preprocessing=preprocessing
+            or ImagePreprocessing(
                 kind="image", input_shape=shape, mean=(0.5,) * shape[0], std=(0.5,) * shape[0]
             ),
             class_names=tuple(map(str, range(model.classes))),
@@ -153,6 +169,28 @@ def test_the_shipped_sample_is_the_default(linear: Bench) -> None:
     workload = bundle_workload(replace(linear.config, inputs=None), inferences=300)
     outcomes = [complete(workload, index, linear.cloud) for index in range(0, 300, 50)]
     assert not any(outcome.wrong for outcome in outcomes)
+
+
+def test_a_speech_bundle_takes_the_speech_sample_and_pcm(tmp_path: Path) -> None:
+    # Frames that make the convnet's 28 x 28 of the sample's 16,000 samples.
+    changes = {"n_mels": 28, "n_fft": 640, "hop": 568, "input_shape": (1, 28, 28)}
+    speech = LogMelPreprocessing.model_validate(
+        SPEECH_COMMANDS_PREPROCESSING.model_dump() | changes
+    )
+    options = {"n_blocks": 2, "stem_width": 4, "width": 8, "classes": 11}
+    bench = Bench(tmp_path, Architecture("convnet", options), 0.02, speech)
+    sample = load_sample("speech-commands")
+    np.savez(tmp_path / "own.npz", pcm=sample.inputs[:30], labels=sample.labels[:30])
+    for inputs in (None, str(tmp_path / "own.npz")):
+        workload = bundle_workload(replace(bench.config, inputs=inputs), inferences=6)
+        outcomes = [complete(workload, index, bench.cloud) for index in range(6)]
+        assert not any(outcome.wrong for outcome in outcomes)
+        assert [o.correct for o in outcomes] == [o.correct_local for o in outcomes]
+    with pytest.raises(ConfigError, match="no .npz file with pcm and labels"):
+        bundle_workload(bench.config, 1)  # images, which this bundle does not take
+    np.savez(tmp_path / "own.npz", pcm=sample.inputs[:30] / 2, labels=sample.labels[:30])
+    with pytest.raises(ConfigError, match=r"pcm \(30, 16000\) float64, expected \(n, 16000\) int"):
+        bundle_workload(replace(bench.config, inputs=str(tmp_path / "own.npz")), 1)
 
 
 def test_inputs_that_do_not_fit_are_refused(linear: Bench, tmp_path: Path) -> None:

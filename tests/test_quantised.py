@@ -30,7 +30,7 @@ def results(sample: Dataset) -> dict[wire.Dtype, tuple[Floats, int]]:
 
     async def infer(url: str, device: TorchDevice, dtype: wire.Dtype) -> tuple[Floats, int]:
         async with Client(url, device, config=ClientConfig(wire_dtype=dtype)) as client:
-            outputs = await client.infer(sample.inputs)
+            outputs = await client.infer(sample.inputs[:])
             assert client.retries == 0
             return outputs, client.bytes_up
 

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from datamix.bundle import BACKBONE, ArchitectureSpec, Preprocessing, load_backbone, save_bundle
+from datamix.bundle import (
+    BACKBONE,
+    ArchitectureSpec,
+    ImagePreprocessing,
+    load_backbone,
+    save_bundle,
+)
 from datamix.errors import ConfigError
 from datamix.models import Architecture, SplitModel, build
 from edge.runtime import TorchDevice
@@ -34,7 +40,7 @@ def bundle(model: SplitModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
         mode="mix",
         group_size=4,
         architecture=ArchitectureSpec(name="convnet", options=OPTIONS),
-        preprocessing=Preprocessing(
+        preprocessing=ImagePreprocessing(
             kind="image", input_shape=(1, 28, 28), mean=(0.25,), std=(0.5,)
         ),
         class_names=tuple("abcdefghij"),

@@ -179,7 +179,7 @@ def test_a_non_linear_model_is_trained_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample = part_of(load_sample(), 0, 16)
-    colour = np.repeat(np.pad(sample.inputs, ((0, 0), (0, 0), (2, 2), (2, 2))), 3, axis=1)
+    colour = np.repeat(np.pad(sample.inputs[:], ((0, 0), (0, 0), (2, 2), (2, 2))), 3, axis=1)
     spec = sample.preprocessing.model_copy(
         update={"input_shape": (3, 32, 32), "mean": (0.3,) * 3, "std": (0.4,) * 3}
     )
@@ -325,8 +325,9 @@ def test_the_command_trains_from_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sample = load_sample()
+    images = sample.inputs[:]
     for stem, start, end in (("train", 0, 128), ("t10k", 900, 1000)):
-        for kind, values in (("images-idx3", sample.inputs[:, 0]), ("labels-idx1", sample.labels)):
+        for kind, values in (("images-idx3", images[:, 0]), ("labels-idx1", sample.labels)):
             part = values[start:end].astype(np.uint8)
             header = bytes((0, 0, 8, part.ndim)) + struct.pack(f">{part.ndim}I", *part.shape)
             body = gzip.compress(header + part.tobytes())

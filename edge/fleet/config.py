@@ -19,8 +19,8 @@ class FleetConfig:
         url: base URL of the cloud, ``http(s)://host:port``.
         bundle: the bundle whose stem, bridges and head the devices run; its backbone is read too
             where answers are verified. Needed for ``workload="bundle"``.
-        inputs: ``.npz`` file with ``images`` (n, *input_shape) uint8 and ``labels`` (n,); None for
-            the sample that ships with the project.
+        inputs: ``.npz`` file with ``labels`` (n,) and ``images`` (n, C, H, W) uint8 or ``pcm``
+            (n, samples) int16, as the bundle takes; None for the sample that ships and fits.
         devices: simulated devices, each with a stream of its own.
         rate: inferences per second; each is one group, so ``group_size`` inputs.
         duration_s: for how long inferences fall due.

@@ -17,7 +17,7 @@ from torch import nn
 from datamix.bundle import Manifest, load_backbone
 from datamix.errors import ConfigError
 from datamix.models import Architecture, build
-from edge.data import load_sample
+from edge.data import sample_for
 from edge.fleet import pacing
 from edge.fleet.config import FleetConfig
 from edge.fleet.workload import BundleWorkload, Reference
@@ -27,6 +27,9 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 _CHUNK = 64
+
+# By the kind of preprocessing: the array of an .npz file, and its type.
+_ARRAYS = {"image": ("images", np.dtype(np.uint8)), "log-mel": ("pcm", np.dtype(np.int16))}
 
 
 def bundle_workload(config: FleetConfig, inferences: int) -> BundleWorkload:
@@ -39,37 +42,42 @@ def bundle_workload(config: FleetConfig, inferences: int) -> BundleWorkload:
     if config.bundle is None:
         raise ConfigError("the bundle workload got no bundle, expected a path")
     device = TorchDevice(config.bundle)
-    images, labels = load_inputs(config.inputs, device.manifest)
-    features = _chunked(lambda part: device.stem(device.preprocess(part)), images)
+    raw, labels = load_inputs(config.inputs, device.manifest)
+    features = _chunked(lambda part: device.stem(device.preprocess(part)), raw)
     reference = compute_reference(config.bundle, device, features) if config.verify else None
-    choice = pacing.inputs(inferences, device.manifest.group_size, len(images), config.seed)
+    choice = pacing.inputs(inferences, device.manifest.group_size, len(raw), config.seed)
     return BundleWorkload(device, features, labels, choice, reference)
 
 
 def load_inputs(path: str | None, manifest: Manifest) -> tuple[Array, Array]:
-    """Read images (n, *input_shape) uint8 and labels (n,) int64; the shipped sample by default.
+    """Read raw inputs (n, *raw_shape) and labels (n,) int64; the sample that fits by default.
+
+    A file is an ``.npz`` with ``labels`` and, as the bundle takes them, ``images`` uint8 or
+    ``pcm`` int16.
 
     Raises:
         ConfigError: no such file, or not what the bundle takes.
     """
+    shape = manifest.preprocessing.raw_shape
+    key, dtype = _ARRAYS[manifest.preprocessing.kind]
     if path is None:
-        sample = load_sample()
-        source, images, labels = "the shipped sample", sample.inputs, sample.labels
+        sample = sample_for(manifest.preprocessing)
+        source, raw, labels = "the shipped sample", sample.inputs[:], sample.labels
     else:
         source = path
         try:
             with np.load(Path(path), allow_pickle=False) as archive:
-                images, labels = archive["images"], archive["labels"]
+                raw, labels = archive[key], archive["labels"]
         except (OSError, KeyError, ValueError) as error:
-            raise ConfigError(f"{path} is no .npz file with images and labels: {error}") from error
-    expected = manifest.preprocessing.input_shape
-    if images.dtype != np.uint8 or images.shape[1:] != expected or not len(images):
+            raise ConfigError(f"{path} is no .npz file with {key} and labels: {error}") from error
+    if raw.dtype != dtype or raw.shape[1:] != shape or not len(raw):
         raise ConfigError(
-            f"{source} holds images {images.shape} {images.dtype}, expected (n, *{expected}) uint8"
+            f"{source} holds {key} {raw.shape} {raw.dtype},"
+            f" expected (n, {', '.join(map(str, shape))}) {dtype}"
         )
-    if labels.shape != (len(images),):
-        raise ConfigError(f"{source} holds labels {labels.shape}, expected ({len(images)},)")
-    return images, labels.astype(np.int64)
+    if labels.shape != (len(raw),):
+        raise ConfigError(f"{source} holds labels {labels.shape}, expected ({len(raw)},)")
+    return raw, labels.astype(np.int64)
 
 
 def compute_reference(bundle: str, device: TorchDevice, features: Floats) -> Reference:
