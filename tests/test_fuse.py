@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from datamix.models import Architecture, BasicBlock, LinearBlock, ScaleNorm, build
+from datamix.models import Architecture, ScaleNorm, build
+from datamix.models.convnet import LinearBlock
+from datamix.models.resnet import BasicBlock
 from deployments.fuse import Factor, fuse
 
 

@@ -202,7 +202,7 @@ def test_collapsed_kernel_is_the_receptive_field() -> None:
 @pytest.mark.parametrize(
     ("architecture", "sentence"),
     [
-        (Architecture("vgg"), "architecture is 'vgg', expected 'convnet' or 'resnet18'"),
+        (Architecture("vgg"), "architecture is 'vgg', expected 'bridgenet', 'convnet' or 'resnet18'"),
         (Architecture("convnet", {"n_blocks": 5}), "n_blocks is 5, expected an integer from 1"),
         (Architecture("convnet", {"width": 10**12}), "width is 1000000000000, expected"),
         (Architecture("convnet", {"width": "64"}), "width is '64', expected an integer"),

@@ -1,0 +1,166 @@
+"""A compact network whose cloud part is linear and whose non-linearity sits in rich bridges.
+
+What a linear block buys grows with its width and not with its depth, because a chain of
+convolutions is one convolution. So each block is one wide convolution, and the device spends a few
+per cent of the FLOPs on a bridge that is worth two layers: norm, ReLU, 1x1 convolution, norm, ReLU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from datamix.errors import ConfigError
+from datamix.models.layers import PReLU, Residual, ScaleNorm, Whiten, conv3x3
+from datamix.models.split import SplitModel
+
+Cloud = Literal["linear", "relu", "prelu"]
+
+
+@dataclass(frozen=True, slots=True)
+class BridgeNet:
+    """Sizes of the network.
+
+    Attributes:
+        input_shape: (C, H, W).
+        stem_width: channels of the features that leave the device, half as high and wide as the
+            input.
+        stem_units: residual units of a depthwise and a 1x1 convolution in the stem.
+        widths: channels of each section of the cloud's part.
+        strides: of each section's first convolution.
+        depth: 3x3 convolutions per section.
+        rounds: trips to the cloud; the sections are dealt out to so many blocks, and what stands
+            between two sections of one block is the cloud's.
+        bridge: ``pointwise`` as above, or ``relu``: norm and ReLU only.
+        hidden: units of the head's hidden layer; 0: average over places, then one layer.
+        classes: outputs.
+        cloud: what stands between the convolutions of a block: nothing (``linear``), batch norm
+            and ReLU (``relu``), or a norm without offset and PReLU (``prelu``).
+    """
+
+    input_shape: tuple[int, int, int] = (1, 28, 28)
+    stem_width: int = 32
+    stem_units: int = 2
+    widths: tuple[int, ...] = (96, 128, 192)
+    strides: tuple[int, ...] = (2, 1, 2)
+    depth: int = 1
+    rounds: int = 3
+    bridge: Literal["pointwise", "relu"] = "pointwise"
+    hidden: int = 0
+    classes: int = 10
+    cloud: Cloud = "linear"
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not fit together."""
+        if len(self.widths) != len(self.strides):
+            raise ConfigError(
+                f"bridgenet: got {len(self.widths)} widths and {len(self.strides)} strides,"
+                " expected as many of both"
+            )
+        if not 1 <= self.rounds <= len(self.widths):
+            raise ConfigError(
+                f"bridgenet: rounds is {self.rounds}, expected 1 to {len(self.widths)},"
+                " the number of widths"
+            )
+
+    def build(self) -> SplitModel:
+        """The untrained network."""
+        width = self.stem_width
+        sizes = [-(-size // 2) for size in self.input_shape[1:]]
+        blocks: list[list[nn.Module]] = []
+        bridges: list[nn.Module] = []
+        for index, (wider, stride) in enumerate(zip(self.widths, self.strides, strict=True)):
+            if self._starts_a_block(index):
+                if blocks:
+                    bridges.append(nn.Sequential(*self._bridge(width), Whiten(width)))
+                blocks.append([])
+            else:
+                blocks[-1] += self._between(width)
+            blocks[-1] += self._section(width, wider, stride)
+            width, sizes = wider, [-(-size // stride) for size in sizes]
+        return SplitModel(
+            self._stem(),
+            [nn.Sequential(*block) for block in blocks],
+            bridges,
+            self._head(width, sizes),
+            edge_head=self._edge_head,
+            input_shape=self.input_shape,
+            classes=self.classes,
+            linear=self.cloud == "linear",
+        )
+
+    def _starts_a_block(self, index: int) -> bool:
+        """Whether section ``index`` is the first one of its round; rounds are as even as can be."""
+        share = len(self.widths) / self.rounds
+        return index == 0 or int(index / share) != int((index - 1) / share)
+
+    def _stem(self) -> nn.Module:
+        width = self.stem_width
+        units = [
+            Residual(*_depthwise(width), *_norm_relu(width), *_pointwise(width, width))
+            for _ in range(self.stem_units)
+        ]
+        entry = conv3x3(self.input_shape[0], width, stride=2)
+        return nn.Sequential(entry, *_norm_relu(width), *units, Whiten(width))
+
+    def _section(self, inputs: int, width: int, stride: int) -> list[nn.Module]:
+        layers: list[nn.Module] = [conv3x3(inputs, width, stride)]
+        for _ in range(self.depth - 1):
+            layers += [*self._activation(width), conv3x3(width, width)]
+        return layers
+
+    def _activation(self, width: int) -> list[nn.Module]:
+        match self.cloud:
+            case "linear":
+                return []
+            case "relu":
+                return _norm_relu(width)
+            case "prelu":
+                return [ScaleNorm(width), PReLU(width)]
+
+    def _between(self, width: int) -> list[nn.Module]:
+        """What would be a bridge, inside a block: the cloud's activations for the device's."""
+        if self.cloud == "linear" or self.bridge == "relu":
+            return self._activation(width)
+        pointwise = nn.Conv2d(width, width, 1, bias=False)
+        return [*self._activation(width), pointwise, *self._activation(width)]
+
+    def _bridge(self, width: int) -> list[nn.Module]:
+        if self.bridge == "relu":
+            return _norm_relu(width)
+        pointwise = nn.Conv2d(width, width, 1, bias=False)
+        return [*_norm_relu(width), pointwise, *_norm_relu(width)]
+
+    def _head(self, width: int, sizes: list[int]) -> nn.Module:
+        if self.hidden == 0:
+            pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, self.classes)]
+            return nn.Sequential(*_norm_relu(width), *pooled)
+        values = width * sizes[0] * sizes[1]
+        return nn.Sequential(*_norm_relu(width), nn.Flatten(), *self._layers(values, self.hidden))
+
+    def _edge_head(self) -> nn.Module:
+        """Two layers on the stem's features, averaged to 4x4 places."""
+        width = self.stem_width
+        return nn.Sequential(
+            *_norm_relu(width),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            *self._layers(16 * width, self.hidden or 128),
+        )
+
+    def _layers(self, values: int, hidden: int) -> list[nn.Module]:
+        return [nn.Linear(values, hidden), nn.ReLU(), nn.Linear(hidden, self.classes)]
+
+
+def _norm_relu(width: int) -> list[nn.Module]:
+    return [nn.BatchNorm2d(width), nn.ReLU()]
+
+
+def _depthwise(width: int) -> list[nn.Module]:
+    return [nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)]
+
+
+def _pointwise(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
