@@ -99,6 +99,15 @@ def test_cutout_paints_one_square_in_the_mean_colour(seed: int, side: int) -> No
         assert (square == colour[:, None, None]).all()
 
 
+def test_cutout_reaches_every_pixel_and_as_often_everywhere() -> None:
+    raw = np.zeros((2000, 1, 8, 8), np.uint8)
+    raw[::2] = 100
+    painted = (cutout(raw, np.random.default_rng(0), 3) != raw).mean(axis=(0, 1))
+    # Nine centres of 64 cover an inner pixel, four cover a corner.
+    assert np.abs(painted[1:7, 1:7] - 9 / 64).max() < 0.05
+    assert abs(float(painted[0, 0]) - 4 / 64) < 0.03
+
+
 @given(seed=SEEDS, samples=st.sampled_from([1, 30, 399, 400, 5_000]))
 @settings(max_examples=30, deadline=None)
 def test_time_shift_moves_and_fills_with_silence(seed: int, samples: int) -> None:

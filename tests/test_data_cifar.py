@@ -137,6 +137,11 @@ FLAT = pictures(1).reshape(1, -1)
         (pickle.dumps({"data": np.random.default_rng}, 2), r"asks for numpy.random"),
         (b"cbuiltins\neval\n(S'1'\ntR.", "it asks for builtins.eval"),
         (b"\x80\x04\x8c\x05numpy\x8c\x0bndarray.max\x93.", "it asks for numpy.ndarray.max"),
+        (b"\x80\x02cevil\ndtype\n.", "it asks for evil.dtype"),
+        (
+            old_pickle({"data": old_array(FLAT).replace(b"K\x00tb\x89", b"K\x00tb\x88")}),
+            "another type than uint8",
+        ),
         (old_pickle({"data": old_array(FLAT, b"O8")}), "another type than uint8"),
         (old_pickle({"data": old_array(FLAT, body=b"short")}), "shorter or longer"),
         (old_pickle({"labels": old_list([1])}), r"no array 'data' of \(n, 3072\)"),
