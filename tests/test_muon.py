@@ -18,15 +18,17 @@ def test_directions_keep_the_singular_vectors_and_have_values_near_one(
     found = orthogonalise(u @ torch.diag(values) @ vt)
     inner = u.T @ found @ vt.T
     assert float((inner - torch.diag(torch.diagonal(inner))).abs().max()) < 1e-3
-    assert 0.6 < float(torch.diagonal(inner).min())
+    assert float(torch.diagonal(inner).min()) > 0.6
     assert float(torch.diagonal(inner).max()) < 1.3
 
 
 def test_a_step_goes_downhill_and_keeps_the_norm() -> None:
     torch.manual_seed(0)
     convolution = nn.Conv2d(3, 8, 3, bias=False)
-    inputs, wanted = torch.randn(4, 3, 8, 8), torch.randn(4, 8, 6, 6)
-    optimizer = Muon([convolution.weight], lr=0.05)
+    kernel = torch.randn(8, 3, 3, 3)
+    inputs = torch.randn(64, 3, 8, 8)
+    wanted = nn.functional.conv2d(inputs, kernel * 8**0.5 / kernel.norm())
+    optimizer = Muon(convolution.parameters(), lr=0.05)
     losses = []
     for _ in range(30):
         loss = (convolution(inputs) - wanted).square().mean()
@@ -34,8 +36,8 @@ def test_a_step_goes_downhill_and_keeps_the_norm() -> None:
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
-        assert 6 < float(convolution.weight.norm()) ** 2 < 10
-    assert losses[-1] < 0.9 * losses[0]
+        assert 6 < float(convolution.weight.detach().norm()) ** 2 < 10
+    assert losses[-1] < 0.1 * losses[0]
 
 
 def test_it_is_for_kernels_that_mix_channels() -> None:
@@ -45,5 +47,6 @@ def test_it_is_for_kernels_that_mix_channels() -> None:
 
 
 def test_a_closure_is_refused() -> None:
+    optimizer = Muon(nn.Conv2d(3, 8, 3, bias=False).parameters(), lr=0.1)
     with pytest.raises(ConfigError, match="expected none"):
-        Muon([nn.Conv2d(3, 8, 3).weight], lr=0.1).step(lambda: 0.0)
+        optimizer.step(lambda: 0.0)
