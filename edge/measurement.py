@@ -65,7 +65,7 @@ def measure(
         return [replace(row, accuracy_int8=same)]
     assert isinstance(part, SplitModel)  # what offloads has blocks
     if not method.mixed:
-        points = [Mixing(1)]
+        points = [Mixing(1, strength=0.0)]  # the wire alone; K = 1 might still turn a sign
     rows = []
     for point in points:
         flops = count_flops(part, group_size=point.group_size if method.mixed else 0)
