@@ -28,9 +28,10 @@ def test_a_step_goes_downhill_and_keeps_the_norm() -> None:
     kernel = torch.randn(8, 3, 3, 3)
     inputs = torch.randn(64, 3, 8, 8)
     wanted = nn.functional.conv2d(inputs, kernel * 8**0.5 / kernel.norm())
-    optimizer = Muon(convolution.parameters(), lr=0.05)
+    optimizer = Muon(convolution.parameters(), lr=0.1)
     losses = []
-    for _ in range(30):
+    for step in range(60):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 60)
         loss = (convolution(inputs) - wanted).square().mean()
         losses.append(loss.item())
         optimizer.zero_grad()
