@@ -68,45 +68,62 @@ class Preset:
 
 _ALL_SIZES = (2, 4, 8, 16, 32)
 _PAPERS_SIZES = (2, 4, 8)
+_ONE_ROUND: Mapping[str, int | str] = {"rounds": 1}
 
 
 def _arms(*more: Arm) -> tuple[Arm, ...]:
-    """The arms that every experiment has: baselines, ours, the paper's, the best non-linear one."""
+    """The arms that every experiment has: baselines, ours, the paper's, the best non-linear one.
+
+    A non-linear cloud needs no bridges, so its networks make one round: the same layers, with
+    the bridges' layers in the cloud.
+    """
     return (
-        Arm("unmixed", "unmixed"),
+        Arm("unmixed", "unmixed", options=_ONE_ROUND),
         Arm("edge-only", "edge-only"),
         Arm("linear", "linear", _ALL_SIZES),
         Arm("linear-laws", "linear", (8,), ("gaussian", "dirichlet", "diagonal-dominant")),
-        Arm("datamix", "datamix", _PAPERS_SIZES),
-        Arm("nonlinear", "nonlinear", (4, 8), teacher="unmixed"),
+        Arm("linear-one-round", "linear", (8,), options=_ONE_ROUND),
+        Arm("datamix", "datamix", _PAPERS_SIZES, options=_ONE_ROUND),
+        Arm("nonlinear", "nonlinear", (4, 8), options=_ONE_ROUND, teacher="unmixed"),
         *more,
     )
 
 
-_FASHION_MNIST = TrainConfig(
-    name="fashion-mnist-mix",
-    architecture=Architecture("bridgenet", {"input": "1,28,28"}),
-    group_size=8,
-    budget_cpu_s=600.0,
+def _config(name: str, architecture: Architecture, augmentation: Augmentation) -> TrainConfig:
+    """What the experiments have in common (docs/decisions/0009)."""
+    return TrainConfig(
+        name=name,
+        architecture=architecture,
+        augmentation=augmentation,
+        group_size=8,
+        budget_cpu_s=600.0,
+        optimizer="muon",
+        peak_rate=3e-3,
+        muon_rate=0.1,
+        momentum=0.6,
+        weight_decay=0.01,
+        schedule="triangle",
+        warm_up=0.25,
+        label_smoothing=0.1,
+        precision="bfloat16",
+        channels_last=True,
+    )
+
+
+_FASHION_MNIST = _config(
+    "fashion-mnist-mix",
+    Architecture("bridgenet", {"input": "1,28,28"}),
+    Augmentation(shift=1, flip=True),
 )
-_CIFAR10 = TrainConfig(
-    name="cifar10-mix",
-    architecture=Architecture("bridgenet", {"input": "3,32,32"}),
-    group_size=8,
-    budget_cpu_s=600.0,
-    label_smoothing=0.1,
-    augmentation=Augmentation(shift=2, padding="reflect", flip=True),
+_CIFAR10 = _config(
+    "cifar10-mix",
+    Architecture("bridgenet", {"input": "3,32,32"}),
+    Augmentation(shift=2, padding="reflect", flip=True),
 )
-_SPEECH_COMMANDS = TrainConfig(
-    name="speech-commands-mix",
-    architecture=Architecture("bridgenet", {"input": "1,40,61", "classes": 11}),
-    group_size=8,
-    budget_cpu_s=600.0,
-    batch_size=64,
-    label_smoothing=0.1,
-    augmentation=Augmentation(
-        time_shift_ms=100, noise=0.01, gain_db=6, mask_mels=8, mask_frames=12
-    ),
+_SPEECH_COMMANDS = _config(
+    "speech-commands-mix",
+    Architecture("bridgenet", {"input": "1,40,61", "classes": 11}),
+    Augmentation(time_shift_ms=100, noise=0.01, gain_db=6, mask_mels=6, mask_frames=12),
 )
 
 PRESETS: Mapping[str, Preset] = {

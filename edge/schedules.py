@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
-Schedule = Literal["one-cycle", "cosine", "constant"]
+Schedule = Literal["one-cycle", "triangle", "cosine", "constant"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
@@ -19,8 +19,8 @@ def learning_rate(
 
     Args:
         schedule: ``one-cycle``: up along a cosine, down along another one to almost nothing
-            (:func:`one_cycle`). ``cosine``: up along a line, down along a cosine to almost
-            nothing. ``constant``: up along a line, then ``peak``.
+            (:func:`one_cycle`). The others go up along a line; then ``triangle`` goes down along
+            a line and ``cosine`` along a cosine, both to almost nothing, and ``constant`` stays.
         step: from 0.
         total: planned steps.
         peak: the highest rate.
@@ -35,6 +35,8 @@ def learning_rate(
         return peak
     way = (step - rising) / max(1, total - 1 - rising)
     end = peak / 1e4
+    if schedule == "triangle":
+        return peak + (end - peak) * min(1.0, way)
     return end + (peak - end) * (1 + math.cos(math.pi * min(1.0, way))) / 2
 
 

@@ -115,7 +115,7 @@ class TrainConfig:
     batch_size: int = 256
     optimizer: Optimizer = "adamw"
     peak_rate: float = 3e-3
-    muon_rate: float = 0.08
+    muon_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 0.05
     schedule: Schedule = "one-cycle"

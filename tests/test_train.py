@@ -1,7 +1,6 @@
 import dataclasses
 import gzip
 import itertools
-import math
 import os
 import signal
 import struct
@@ -12,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cluster.cli import main
 from datamix.bundle import load_backbone, load_device, read_manifest
