@@ -42,7 +42,8 @@ def accuracy(
         for start in range(0, len(order), step):
             chosen = order[start : start + step]
             filled = np.resize(chosen, -(-len(chosen) // size) * size)
-            batch = to_device(preprocess(data.inputs[filled]), data.labels[chosen], config)
+            inputs = torch.from_numpy(preprocess(data.inputs[filled]))
+            batch = to_device(inputs, data.labels[chosen], config)
             logits = logits_of(part, batch.inputs, mixing, rng)[: len(chosen)]
             right += _right(logits, batch.labels)
     return right / len(data)

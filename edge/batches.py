@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from datamix.errors import ConfigError
 from datamix.preprocessing import LogMelPreprocessing
-from edge.augment import augment, mask
+from edge.augment import augment, mask_factors
 from edge.data import Dataset, Inputs
+from edge.logmel import LogMel
 from edge.preprocess import preprocessor
 from edge.settings import TrainConfig
 
+_CLIPS = 16
 _ASIDE = 20_200_823  # any number: which inputs are held out is no choice of a run
 
 
@@ -54,7 +56,7 @@ class Batches:
         self.per_epoch = len(data) // config.batch_size
         self._data, self._config = data, config
         self._rank, self._share = rank, config.batch_size // size
-        self._preprocess = preprocessor(data.preprocessing)
+        self._preprocess = _training_preprocessor(data, config)
         self._audio = isinstance(data.preprocessing, LogMelPreprocessing)
         self._epoch = -1
         self._order = np.empty(0, np.int64)
@@ -72,27 +74,37 @@ class Batches:
         how = self._config.augmentation
         inputs = self._preprocess(augment(self._data.inputs[chosen], rng, how))
         if self._audio and (how.mask_mels or how.mask_frames):
-            inputs = mask(inputs, rng, how)
+            kept = mask_factors(tuple(inputs.shape), rng, how)
+            inputs = inputs * torch.from_numpy(kept).to(inputs.device)
         labels = self._data.labels[chosen]
         return to_device(inputs, labels, self._config)
 
 
-def to_device(
-    inputs: npt.NDArray[np.float32], labels: npt.NDArray[np.generic], config: TrainConfig
-) -> Batch:
-    """Arrays as tensors where and how the network wants them."""
-    tensor = torch.from_numpy(inputs).to(config.device)
+def _training_preprocessor(
+    data: Dataset, config: TrainConfig
+) -> Callable[[npt.NDArray[Any]], Tensor]:
+    """From raw inputs to tensors: torch's log-mel for sound, which takes a seventh of the time."""
+    if not isinstance(data.preprocessing, LogMelPreprocessing):
+        plain = preprocessor(data.preprocessing)
+        return lambda raw: torch.from_numpy(plain(raw))
+    log_mel = LogMel(data.preprocessing).to(config.device)
+    # On a processor the frames of a few clips stay in its cache.
+    rows = _CLIPS if config.device == "cpu" else config.batch_size
+
+    def features(raw: npt.NDArray[Any]) -> Tensor:
+        with torch.no_grad():
+            parts = torch.split(torch.from_numpy(raw).to(config.device), rows)
+            return torch.cat([log_mel(part) for part in parts])
+
+    return features
+
+
+def to_device(inputs: Tensor, labels: npt.NDArray[np.generic], config: TrainConfig) -> Batch:
+    """Inputs and labels where and how the network wants them."""
+    tensor = inputs.to(config.device)
     if config.channels_last:
         tensor = tensor.contiguous(memory_format=torch.channels_last)
     return Batch(tensor, torch.from_numpy(labels).to(config.device))
-
-
-def in_order(data: Dataset, config: TrainConfig, rows: int) -> Iterator[Batch]:
-    """All of ``data`` in its order, ``rows`` at a time, as it is."""
-    preprocess = preprocessor(data.preprocessing)
-    for start in range(0, len(data), rows):
-        part = slice(start, start + rows)
-        yield to_device(preprocess(data.inputs[part]), data.labels[part], config)
 
 
 class _Some:

@@ -45,7 +45,7 @@ def architecture_for(method: str, architecture: Architecture) -> Architecture:
 def untrained(method: str, architecture: Architecture, seed: int) -> nn.Module:
     """The network of ``method`` before training: a :class:`SplitModel`, or stem and edge head.
 
-    Weights are a function of ``seed``. Both kinds have the same stem from the same seed.
+    Weights are a function of ``seed``. Both kinds have a stem of the same sizes.
     """
     torch.manual_seed(seed)
     model = build(architecture_for(method, architecture))
