@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cluster.models_cli import app as models
+from cluster.search_cli import search
 from datamix.errors import ConfigError, DataMixError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(models, name="models")
+app.command()(search)
 
 
 # What pyproject.toml's extras bring that a command may miss.
