@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -70,8 +71,6 @@ def search(
     ] = False,
 ) -> None:
     """Find the best architecture that a device can afford, and the Pareto front around it."""
-    from rich.console import Console
-
     from edge.search.budget import DeviceBudget
     from edge.search.command import SearchConfig, plan
     from edge.search.command import search as run
@@ -103,8 +102,4 @@ def search(
         picture=picture,
         command=("datamix", *sys.argv[1:]),
     )
-    console = Console()
-    if costs_only:
-        plan(config, console)
-    else:
-        run(config, console)
+    (plan if costs_only else run)(config, partial(print, flush=True))

@@ -15,8 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from datamix.errors import ConfigError
 from datamix.wire import DTYPES, Dtype
 from edge.data import Dataset, load_dataset
@@ -27,7 +25,7 @@ from edge.search.costs import cost
 from edge.search.halving import Halving
 from edge.search.journal import Journal
 from edge.search.plot import plot
-from edge.search.run import Costed, Race, Refused, SearchResult, afford, draw
+from edge.search.run import Costed, Race, Refused, Report, SearchResult, afford, draw
 from edge.search.space import SearchSpace, make_space
 from edge.search.training import HeldOutTrainer
 from edge.search.trial import Outcome, Trial
@@ -102,19 +100,21 @@ class SearchConfig:
         )
 
 
-def plan(config: SearchConfig, console: Console) -> None:
+def plan(config: SearchConfig, say: Report = print) -> None:
     """Print what every candidate costs and how long the search would take; train nothing."""
     space, within, refused = _candidates(config, config.trainer.load())
-    report.show_costs(within, refused, space.label, console)
+    say(report.cost_table(within, space.label))
+    for line in report.refused_lines(refused, space.label):
+        say(line)
     racing = draw(within, config.candidates, config.seed)
     total_s = sum(rung.total_s for rung in config.halving.plan(len(racing)))
-    console.print(
+    say(
         f"{len(within)} within the budget, {len(refused)} refused; {len(racing)} would be trained,"
         f" for {total_s / 60:.0f} CPU minutes in all"
     )
 
 
-def search(config: SearchConfig, console: Console) -> SearchResult:
+def search(config: SearchConfig, say: Report = print) -> SearchResult:
     """Run the search, or go on with it, and write its outcome.
 
     Raises:
@@ -126,7 +126,8 @@ def search(config: SearchConfig, console: Console) -> SearchResult:
     trainer = config.trainer
     data = trainer.load()
     space, within, refused = _candidates(config, data)
-    report.show_refused(refused, space.label, console)
+    for line in report.refused_lines(refused, space.label):
+        say(line)
     racing = draw(within, config.candidates, config.seed)
     config.output.mkdir(parents=True, exist_ok=True)
 
@@ -141,15 +142,15 @@ def search(config: SearchConfig, console: Console) -> SearchResult:
             run,
             journal,
             label=space.label,
-            report=partial(console.print, markup=False, highlight=False, soft_wrap=True),
+            report=say,
             jobs=config.jobs,
         )
         try:
             result = race.result(racing, refused, left_out=len(within) - len(racing))
         except KeyboardInterrupt:
-            console.print("stopped; run the same command again to go on from here")
+            say("stopped; run the same command again to go on from here")
             raise
-    _write(config, result, settings, space.label, console)
+    _write(config, result, settings, space.label, say)
     return result
 
 
@@ -176,7 +177,7 @@ def _write(
     result: SearchResult,
     settings: dict[str, Any],
     label: Callable[[Any], str],
-    console: Console,
+    say: Report,
 ) -> None:
     command = report.train_command(
         result.chosen.candidate,
@@ -197,7 +198,6 @@ def _write(
     report.write_json(report.to_json(result, about), config.output / "search.json")
     picture = config.output / f"search.{config.picture}"
     plot(result, picture, f"{config.architecture} on {settings['data']}, K = {config.group_size}")
-    report.show(result, label, console)
-    console.print(f"{config.output / 'search.json'}, {picture}", soft_wrap=True, highlight=False)
-    console.print("train what was chosen on the whole training split:")
-    console.print(command, markup=False, soft_wrap=True, highlight=False)
+    say(report.table(result, label))
+    say(f"Written: {config.output / 'search.json'}, {picture}")
+    say(f"To train what was chosen on the whole training split:\n{command}")

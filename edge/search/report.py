@@ -10,66 +10,58 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from edge.search.budget import Costs
 from edge.search.run import Costed, Entry, Refused, SearchResult
 from edge.search.space import Candidate, Options
 
+_COST_TITLES = ("edge FLOPs", "share", "collapsed", "bytes", "trips", "weights")
 _MOST_REFUSED = 10  # lines in the terminal; the JSON has them all
+
 
 Label = Callable[[Candidate], str]
 
 
-def show(result: SearchResult, label: Label, console: Console) -> None:
-    """Print the finalists, and how many others there were."""
-    table = Table(
-        "",
-        "options",
-        *_right("accuracy", "edge FLOPs", "share", "collapsed", "bytes", "trips", "weights"),
-        title=f"finalists, each trained for {result.chosen.seconds:g} CPU s",
-        title_justify="left",
-    )
-    finalists = [entry for entry in result.entries if entry.rung == result.chosen.rung]
-    for entry in finalists:
-        accuracy = f"{entry.measured.accuracy:.2%} ± {entry.standard_error:.2%}"
-        table.add_row(
-            _mark(entry, result), label(entry.candidate), accuracy, *_cost_cells(entry.costs)
+def table(result: SearchResult, label: Label) -> str:
+    """Plain lines for a terminal: the finalists, and how many others there were."""
+    chosen = result.chosen
+    finalists = [entry for entry in result.entries if entry.rung == chosen.rung]
+    rows = [
+        (
+            _mark(entry, result),
+            label(entry.candidate),
+            f"{entry.measured.accuracy:.2%} ± {entry.standard_error:.2%}",
+            *_cost_cells(entry.costs),
         )
-    console.print(table)
-    console.print(
-        f"★ chosen; ● on the Pareto front of accuracy, edge FLOPs, bytes and round trips. Accuracy"
-        f" on {result.chosen.measured.n} inputs held out from the training data, with its standard"
-        " error; share: of FLOPs on the edge, layer by layer, and with linear blocks collapsed.",
-        style="dim",
+        for entry in finalists
+    ]
+    return "\n".join(
+        (
+            _aligned(("", "options", "accuracy", *_COST_TITLES), rows, left=2),
+            "",
+            f"Each was trained for {chosen.seconds:g} CPU s. Accuracy: on {chosen.measured.n:,}"
+            " inputs held out from the training data, with its standard error.",
+            "Share: of FLOPs on the edge, layer by layer; collapsed: with linear blocks at their"
+            " cheapest. Front: beaten by no finalist in all of",
+            "accuracy, edge FLOPs, bytes and round trips.",
+            f"{len(result.entries) - len(finalists)} dropped after shorter trainings,"
+            f" {len(result.refused)} refused untrained, {len(result.failed)} failed,"
+            f" {result.left_out} left out by the draw.",
+        )
     )
-    dropped = len(result.entries) - len(finalists)
-    console.print(
-        f"{dropped} dropped after shorter trainings, {len(result.refused)} refused untrained,"
-        f" {len(result.failed)} failed, {result.left_out} left out by the draw"
-    )
 
 
-def show_costs(
-    within: Sequence[Costed], refused: Sequence[Refused], label: Label, console: Console
-) -> None:
-    """Print what every candidate costs, nothing trained."""
-    table = Table(
-        "options", *_right("edge FLOPs", "share", "collapsed", "bytes", "trips", "weights")
-    )
-    for one in within:
-        table.add_row(label(one.candidate), *_cost_cells(one.costs))
-    console.print(table)
-    show_refused(refused, label, console)
+def cost_table(within: Sequence[Costed], label: Label) -> str:
+    """Plain lines for a terminal: what every candidate costs, nothing trained."""
+    rows = [(label(one.candidate), *_cost_cells(one.costs)) for one in within]
+    return _aligned(("options", *_COST_TITLES), rows, left=1)
 
 
-def show_refused(refused: Sequence[Refused], label: Label, console: Console) -> None:
-    """Print the first of those refused, with the reason."""
-    for one in refused[:_MOST_REFUSED]:
-        console.print(f"refused: {label(one.candidate)}: {one.reason}", style="dim", markup=False)
+def refused_lines(refused: Sequence[Refused], label: Label) -> list[str]:
+    """The first of those refused, with the reason, and how many more there are."""
+    lines = [f"refused: {label(one.candidate)}: {one.reason}" for one in refused[:_MOST_REFUSED]]
     if len(refused) > _MOST_REFUSED:
-        console.print(f"refused: {len(refused) - _MOST_REFUSED} more", style="dim")
+        lines.append(f"refused: {len(refused) - _MOST_REFUSED} more")
+    return lines
 
 
 def to_json(result: SearchResult, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,16 +101,23 @@ def train_command(
     return shlex.join(words)
 
 
-def _right(*titles: str) -> list[Any]:
-    from rich.table import Column
-
-    return [Column(title, justify="right") for title in titles]
+def _aligned(titles: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """Columns under their titles, the first ``left`` of them to the left, the others right."""
+    lines = [titles, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
 
 
 def _mark(entry: Entry, result: SearchResult) -> str:
     if entry == result.chosen:
-        return "★"
-    return "●" if entry in result.front else ""
+        return "chosen"
+    return "front" if entry in result.front else ""
 
 
 def _cost_cells(costs: Costs) -> list[str]:

@@ -181,6 +181,8 @@ class Race:
         trials = [Trial(one.candidate, rung.seconds, self.seed) for one in left]
         done = {trial: self.journal.done[trial] for trial in trials if trial in self.journal.done}
         todo = [trial for trial in trials if trial not in done]
+        for outcome in done.values():
+            self._pace.add(outcome)
 
         def tell() -> None:
             ours = max(done.values(), key=_accuracy, default=None)
