@@ -66,7 +66,7 @@ class Journal:
         """Keep a finished trial; one that failed is not kept, so the next run tries it again."""
         if outcome.measured is None:
             return
-        self._append(_to_json(outcome))
+        self._append(asdict(outcome))
         self.done[outcome.trial] = outcome
 
     def _lock(self, path: Path) -> None:
@@ -81,16 +81,17 @@ class Journal:
             raise ConfigError(f"{path} has {size} bytes, expected at most {_MAX_BYTES}")
         body = os.pread(self._descriptor, size, 0)
         whole = body.rfind(b"\n") + 1
-        os.ftruncate(self._descriptor, whole)
-        lines = body[:whole].splitlines()
-        if not lines:
+        if not whole and _line({"settings": settings}).startswith(body):  # new, or cut while new
+            os.ftruncate(self._descriptor, 0)
             self._append({"settings": settings})
             return
+        lines = body[:whole].splitlines() or [body]
         try:
-            found = json.loads(lines[0])["settings"]
+            found = dict(json.loads(lines[0])["settings"])
             outcomes = [_from_json(json.loads(line)) for line in lines[1:]]
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} is no journal of a search: {error!r}") from None
+        os.ftruncate(self._descriptor, whole)  # only now that the file is known to be ours
         if found != settings:
             keys = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
             raise ConfigError(
@@ -100,15 +101,15 @@ class Journal:
         self.done = {outcome.trial: outcome for outcome in outcomes}
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        line = json.dumps(entry).encode() + b"\n"
+        line = _line(entry)
         written = os.write(self._descriptor, line)
         if written < len(line):
             raise OSError(f"{written} of {len(line)} bytes written to the journal of trials")
         os.fsync(self._descriptor)
 
 
-def _to_json(outcome: Outcome) -> dict[str, Any]:
-    return asdict(outcome)
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
 
 
 def _from_json(entry: Mapping[str, Any]) -> Outcome:

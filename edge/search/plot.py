@@ -33,7 +33,7 @@ def plot(result: SearchResult, path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "datamix", "font.size": 9}):
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, sharey=True)
         _panel(left, result, lambda entry: entry.costs.edge_flops / 1e6)
@@ -41,7 +41,7 @@ def plot(result: SearchResult, path: Path, title: str) -> None:
         left.set_ylabel("accuracy on held-out data, %")
         _panel(right, result, lambda entry: entry.costs.bytes_per_inference / 1e3)
         right.set_xlabel("bytes on the wire per input, thousands")
-        right.legend(frameon=False, loc="lower right")
+        figure.legend(*right.get_legend_handles_labels(), frameon=False, loc="outside right upper")
         figure.suptitle(title)
         svg = path.suffix == ".svg"
         # Without a date, so that the same outcome gives the same file.
