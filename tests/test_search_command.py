@@ -18,7 +18,13 @@ from edge.search.space import Candidate
 from edge.search.training import HeldOutTrainer
 from edge.search.trial import Trial
 
-TINY = (("classes", 10), ("input", "1,28,28"), ("stem_width", 4), ("strides", 2), ("widths", 8))
+TINY: dict[str, int | str] = {
+    "classes": 10,
+    "input": "1,28,28",
+    "stem_width": 4,
+    "strides": 2,
+    "widths": 8,
+}
 
 
 @pytest.fixture
@@ -120,7 +126,7 @@ def test_settings_that_cannot_work_are_refused_before_training(
 
 
 def trial(**options: int | str) -> Trial:
-    merged = {**dict(TINY), **options}
+    merged = {**TINY, **options}
     return Trial(Candidate("bridgenet", tuple(sorted(merged.items()))), 2.0, 0)
 
 
