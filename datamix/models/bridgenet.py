@@ -34,6 +34,7 @@ class BridgeNet:
         rounds: trips to the cloud; the sections are dealt out to so many blocks, and what stands
             between two sections of one block is the cloud's.
         bridge: ``pointwise`` as above, or ``relu``: norm and ReLU only.
+        neck: channels of a 1x1 convolution at the head's start; 0: there is none.
         hidden: units of the head's hidden layer; 0: average over places, then one layer.
         classes: outputs.
         cloud: what stands between the convolutions of a block: nothing (``linear``), batch norm
@@ -48,6 +49,7 @@ class BridgeNet:
     depth: int = 1
     rounds: int = 3
     bridge: Literal["pointwise", "relu"] = "pointwise"
+    neck: int = 0
     hidden: int = 0
     classes: int = 10
     cloud: Cloud = "linear"
@@ -134,21 +136,30 @@ class BridgeNet:
         return [*_norm_relu(width), pointwise, *_norm_relu(width)]
 
     def _head(self, width: int, sizes: list[int]) -> nn.Module:
-        if self.hidden == 0:
-            pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, self.classes)]
-            return nn.Sequential(*_norm_relu(width), *pooled)
-        values = width * sizes[0] * sizes[1]
-        return nn.Sequential(*_norm_relu(width), nn.Flatten(), *self._layers(values, self.hidden))
+        layers = _norm_relu(width)
+        if self.neck:
+            layers += [nn.Conv2d(width, self.neck, 1, bias=False), *_norm_relu(self.neck)]
+            width = self.neck
+        if self.hidden:
+            values = width * sizes[0] * sizes[1]
+            return nn.Sequential(*layers, nn.Flatten(), *self._layers(values, self.hidden))
+        pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, self.classes)]
+        return nn.Sequential(*layers, *pooled)
 
     def _edge_head(self) -> nn.Module:
-        """Two layers on the stem's features, averaged to 4x4 places."""
-        width = self.stem_width
-        return nn.Sequential(
-            *_norm_relu(width),
-            nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(),
-            *self._layers(16 * width, self.hidden or 128),
-        )
+        """What the device could do for about the FLOPs of its bridges and head, without a cloud.
+
+        Each section as a depthwise and a 1x1 convolution (MobileNet, arXiv:1704.04861).
+        """
+        layers: list[nn.Module] = []
+        width, sizes = self.stem_width, [-(-size // 2) for size in self.input_shape[1:]]
+        for wider, stride in zip(self.widths, self.strides, strict=True):
+            layers += [*_depthwise(width, stride), *_norm_relu(width)]
+            layers.append(nn.Conv2d(width, wider, 1, bias=False))
+            layers += _norm_relu(wider)
+            width, sizes = wider, [-(-size // stride) for size in sizes]
+        # The head begins with a norm and a ReLU of its own.
+        return nn.Sequential(*layers[:-2], self._head(width, sizes))
 
     def _layers(self, values: int, hidden: int) -> list[nn.Module]:
         return [nn.Linear(values, hidden), nn.ReLU(), nn.Linear(hidden, self.classes)]
@@ -158,8 +169,8 @@ def _norm_relu(width: int) -> list[nn.Module]:
     return [nn.BatchNorm2d(width), nn.ReLU()]
 
 
-def _depthwise(width: int) -> list[nn.Module]:
-    return [nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)]
+def _depthwise(width: int, stride: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(width, width, 3, stride=stride, padding=1, groups=width, bias=False)]
 
 
 def _pointwise(inputs: int, outputs: int) -> list[nn.Module]:

@@ -19,8 +19,8 @@ def build(architecture: Architecture) -> SplitModel:
     residual pairs per block (1), hidden (128), classes (10).
     ``bridgenet`` (linear blocks, rich bridges; :class:`datamix.models.bridgenet.BridgeNet`): input
     ("1,28,28"), stem_width (32), stem_units (2), widths ("96,128,192"), strides ("2,1,2"), depth
-    (1), rounds (as many as widths), bridge: pointwise or relu (pointwise), hidden (0), classes
-    (10), cloud: linear, relu or prelu (linear).
+    (1), rounds (as many as widths), bridge: pointwise or relu (pointwise), neck (0), hidden (0),
+    classes (10), cloud: linear, relu or prelu (linear).
     ``resnet18`` (non-linear block): image_size 32 or 224 (32), cut 0..3: stages on the device (1),
     classes (10). A cut after stage 4 is refused: it would leave the cloud nothing but an average.
 
@@ -76,6 +76,7 @@ def _bridgenet(options: Options) -> BridgeNet:
         depth=options.take("depth", 1, 1, 8),
         rounds=options.take("rounds", len(widths), 1, 64),
         bridge=cast(Any, options.text("bridge", "pointwise", ("pointwise", "relu"))),
+        neck=options.take("neck", 0, 0, 4096),
         hidden=options.take("hidden", 0, 0, 4096),
         classes=options.take("classes", 10, 2, 10_000),
         cloud=cast(Any, options.text("cloud", "linear", ("linear", "relu", "prelu"))),
