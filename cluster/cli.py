@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cluster.models_cli import app as models
-from cluster.search_cli import search
+from cluster.search_cli import as_search, search
 from datamix.errors import ConfigError, DataMixError
 
 if TYPE_CHECKING:
@@ -420,7 +420,7 @@ def doctor(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, ``sys.argv`` by default, and exit with the code it earned."""
     try:
-        app(arguments, prog_name="datamix")
+        app(as_search(sys.argv[1:] if arguments is None else arguments), prog_name="datamix")
     except DataMixError as error:
         print(f"datamix: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -1,13 +1,25 @@
-"""``datamix search``: parses and calls, nothing else."""
+"""``datamix train --search``, or ``datamix search``: parses and calls, nothing else."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+
+def as_search(arguments: Sequence[str]) -> list[str]:
+    """``train --search ...`` as ``search ...``; any other command as it is.
+
+    A search takes a network's options as lists and has a budget: its flags are not those of a
+    training, so it is a command of its own.
+    """
+    if arguments[:1] and arguments[0] == "train" and "--search" in arguments:
+        return ["search", *(word for word in arguments[1:] if word != "--search")]
+    return list(arguments)
 
 
 def search(

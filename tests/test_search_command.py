@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cluster.cli import main
+from cluster.search_cli import as_search
 from datamix.errors import ConfigError
 from edge.data import load_sample
 from edge.search.costs import cost
@@ -41,9 +42,9 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def run(*arguments: object) -> int:
+def run(*arguments: object, command: tuple[str, ...] = ("search",)) -> int:
     with pytest.raises(SystemExit) as end:
-        main(["search", *map(str, arguments)])
+        main([*command, *map(str, arguments)])
     assert isinstance(end.value.code, int)
     return end.value.code
 
@@ -85,12 +86,18 @@ def test_a_search_from_files_to_a_picture_and_on_from_its_trials(
     assert "other settings (held_out)" in capsys.readouterr().err
 
 
+def test_train_with_search_is_the_search_and_nothing_else_is() -> None:
+    assert as_search(["train", "--jobs", "2", "--search"]) == ["search", "--jobs", "2"]
+    for other in ([], ["train"], ["--search"], ["evaluate", "--search"]):
+        assert as_search(other) == other
+
+
 def test_costs_only_trains_and_writes_nothing(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "found"
     arguments = ["--output", output, "--data", data, *GRID, *BUDGET, "--costs-only"]
-    assert run(*arguments) == 0
+    assert run(*arguments, command=("train", "--search")) == 0
     said = capsys.readouterr().out
     assert "2 within the budget, 1 refused; 2 would be trained" in said
     assert not output.exists()
