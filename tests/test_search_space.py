@@ -88,9 +88,15 @@ def test_the_grid_is_every_combination() -> None:
 
 def test_a_network_has_a_space_of_its_own_which_options_narrow() -> None:
     whole = space()
-    assert len(whole) == 72
-    assert {name for name, _ in whole.vary} == {"stem_width", "stem_units", "rounds", "widths"}
-    assert len(space(options=("rounds=2",))) == 24
+    assert len(whole) == 144
+    assert {name for name, _ in whole.vary} == {
+        "stem_width",
+        "stem_units",
+        "neck",
+        "rounds",
+        "widths",
+    }
+    assert len(space(options=("rounds=2", "neck=64"))) == 24
     for name in ("convnet", "resnet18"):
         assert len(make_space(name, input_shape=SHAPE, classes=CLASSES)) > 3
 

@@ -9,7 +9,9 @@ trial.py      one training run, as data: the seam at which any trainer fits
 journal.py    finished trials in a file, so that a search goes on where it was killed
 children.py   trials in processes of their own
 run.py        puts these together
-training.py   the trainer that is used: a real one, on data held out from the training split
+holdout.py    a part of the training split to choose by
+training.py   the trainer that is used: a real one
 report.py     the outcome as text and JSON
 plot.py       the outcome as a picture
+command.py    ``datamix train --search``
 """

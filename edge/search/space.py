@@ -21,6 +21,7 @@ _DEFAULTS: Mapping[str, Mapping[str, tuple[Value, ...]]] = {
     "bridgenet": {
         "stem_width": (16, 24, 32, 48),
         "stem_units": (1, 2),
+        "neck": (0, 64),
         "rounds": (1, 2, 3),
         "widths": ("64,96,128", "96,128,192", "128,192,256"),
     },
