@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,6 +20,7 @@ import typer
 
 from cluster.models_cli import app as models
 from cluster.search_cli import as_search, search
+from cluster.training_cli import add_training
 from datamix.errors import ConfigError, DataMixError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 app.add_typer(models, name="models")
 app.command()(search)
+add_training(app)
 
 
 # What pyproject.toml's extras bring that a command may miss.
@@ -257,44 +258,6 @@ def infer(
         json_path.write_text(
             json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1) + "\n"
         )
-
-
-@app.command()
-def train(
-    output: Annotated[Path, typer.Option(help="New folder for the bundle.")],
-    dataset: Annotated[str, typer.Option(help="Only fashion-mnist is known.")] = "fashion-mnist",
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of the data set; else $DATAMIX_DATA.")
-    ] = None,
-    name: Annotated[str, typer.Option(help="Name of the model.")] = "fashion-mnist-mix",
-    model_version: Annotated[str, typer.Option(help="Version of the model.")] = "1",
-    rounds: Annotated[int, typer.Option(help="Trips to the cloud per inference, 1 to 4.")] = 2,
-    group_size: Annotated[int, typer.Option(help="Inputs mixed together.")] = 4,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 12,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of everything random in training.")] = 0,
-    threads: Annotated[int, typer.Option(help="Processor threads.")] = 1,
-) -> None:
-    """Train a model and save it as a bundle; the same command goes on after Ctrl-C."""
-    from datamix.models import Architecture
-    from edge.data import load_dataset
-    from edge.train import TrainConfig, stop_on_interrupt
-    from edge.train import train as run
-
-    config = TrainConfig(
-        name=name,
-        version=model_version,
-        architecture=Architecture("convnet", {"n_blocks": rounds}),
-        group_size=group_size,
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        threads=threads,
-    )
-    images = load_dataset(dataset, "train", data), load_dataset(dataset, "test", data)
-    with stop_on_interrupt() as stop:
-        manifest = run(config, *images, output, report=partial(print, flush=True), stop=stop)
-    print(manifest.model_dump_json(indent=2))
 
 
 @app.command()
