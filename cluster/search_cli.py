@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -27,8 +28,15 @@ def search(
         Path, typer.Option(help="Folder for the outcome; the same command goes on from there.")
     ],
     dataset: Annotated[
-        str, typer.Option(help="Name of a data set; only its training split is read.")
-    ] = "fashion-mnist",
+        str | None,
+        typer.Option(help="Only its training split is read; else the preset's, or fashion-mnist."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Named settings to train with (edge/presets.py).")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="How to train, such as linear or datamix; else the preset's.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of the data set; else $DATAMIX_DATA.")
     ] = None,
@@ -56,7 +64,9 @@ def search(
     max_device_bytes: Annotated[
         int | None, typer.Option(help="Bytes of the device's weights, float32.")
     ] = None,
-    group_size: Annotated[int, typer.Option(help="Inputs mixed together.")] = 8,
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs mixed together; else the preset's, or 8.")
+    ] = None,
     wire_dtype: Annotated[
         Literal["float16", "float32", "int8"], typer.Option(help="What bytes are counted for.")
     ] = "float16",
@@ -73,7 +83,9 @@ def search(
     held_out: Annotated[
         float, typer.Option(help="Share of the training split to measure with.")
     ] = 0.1,
-    batch_size: Annotated[int, typer.Option(help="Inputs per step.")] = 256,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Inputs per step; else the preset's.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     jobs: Annotated[int, typer.Option(help="Trainings at a time, a process each.")] = 1,
     threads: Annotated[int, typer.Option(help="Processor threads of each training.")] = 1,
@@ -83,14 +95,20 @@ def search(
     ] = False,
 ) -> None:
     """Find the best architecture that a device can afford, and the Pareto front around it."""
+    from edge.presets import preset as find
     from edge.search.budget import DeviceBudget
     from edge.search.command import SearchConfig, plan
     from edge.search.command import search as run
     from edge.search.halving import Halving
+    from edge.settings import TrainConfig
 
+    base = TrainConfig(group_size=8) if preset is None else find(preset).config
+    changes: dict[str, Any] = {"method": method, "group_size": group_size, "batch_size": batch_size}
+    given = {key: value for key, value in changes.items() if value is not None}
+    training = replace(base, threads=threads, **given)
     config = SearchConfig(
         output=output,
-        dataset=dataset,
+        dataset=dataset or ("fashion-mnist" if preset is None else find(preset).dataset),
         directory=data,
         architecture=architecture,
         vary=tuple(vary or ()),
@@ -104,13 +122,12 @@ def search(
         ),
         halving=Halving(seconds, rungs, factor),
         candidates=candidates or None,
-        group_size=group_size,
+        training=training,
+        preset=preset,
         wire_dtype=wire_dtype,
         held_out=held_out,
-        batch_size=batch_size,
         seed=seed,
         jobs=jobs,
-        threads=threads,
         picture=picture,
         command=("datamix", *sys.argv[1:]),
     )

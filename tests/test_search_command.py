@@ -3,6 +3,7 @@
 import gzip
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 from cluster.cli import main
 from cluster.search_cli import as_search
 from datamix.errors import ConfigError
+from edge.augment import Augmentation
 from edge.data import load_sample
 from edge.search.costs import cost
 from edge.search.space import Candidate
 from edge.search.training import HeldOutTrainer
 from edge.search.trial import Trial
+from edge.settings import TrainConfig
 
 TINY: dict[str, int | str] = {
     "classes": 10,
@@ -113,7 +116,9 @@ def test_costs_only_trains_and_writes_nothing(
         (["--candidates", -1], "candidates is -1"),
         (["--seed", -1], "seed is -1"),
         (["--held-out", 1], "held_out is 1.0"),
-        (["--batch-size", 6], "batch_size is 6, expected a multiple of group_size 8"),
+        (["--batch-size", 6, "--method", "datamix"], "batch_size is 6, expected a multiple"),
+        (["--method", "magic"], "method is 'magic', expected one of"),
+        (["--preset", "none"], "preset is 'none', expected one of"),
         (["--dataset", "mnist"], "data set is 'mnist'"),
         (["--vary", "nothing=1,2"], "unknown option 'nothing'"),
     ],
@@ -132,6 +137,11 @@ def test_settings_that_cannot_work_are_refused_before_training(
 # ------------------------------------------------------------------ the real trainer
 
 
+def trainer(load: Callable[[], Any], **settings: Any) -> HeldOutTrainer:
+    config = TrainConfig(group_size=4, augmentation=Augmentation(), **settings)
+    return HeldOutTrainer(load, config, 0.3)
+
+
 def trial(**options: int | str) -> Trial:
     merged = {**TINY, **options}
     return Trial(Candidate("bridgenet", tuple(sorted(merged.items()))), 2.0, 0)
@@ -144,7 +154,8 @@ def one_thread() -> None:
 
 @pytest.mark.parametrize("cloud", ["linear", "prelu"])
 def test_a_trained_network_knows_more_than_chance(cloud: str) -> None:
-    found = HeldOutTrainer(load_sample, group_size=4, held_out=0.3, batch_size=32)(
+    method = "linear" if cloud == "linear" else "datamix"
+    found = trainer(load_sample, batch_size=32, method=method)(
         trial(cloud=cloud, stem_width=8, widths="16")
     )
     assert found.n == 300
@@ -152,8 +163,7 @@ def test_a_trained_network_knows_more_than_chance(cloud: str) -> None:
 
 
 def test_speech_is_trained_too() -> None:
-    trainer = HeldOutTrainer(_speech, group_size=4, held_out=0.3, batch_size=16)
-    found = trainer(trial(input="1,40,61", classes=11))
+    found = trainer(_speech, batch_size=16)(trial(input="1,40,61", classes=11))
     assert 50 <= found.n <= 80  # whole speakers
     assert 0 < found.accuracy < 1  # 120 clips teach little
 
@@ -162,7 +172,11 @@ def _speech() -> Any:
     return load_sample("speech-commands")
 
 
-def test_too_few_inputs_are_refused() -> None:
-    trainer = HeldOutTrainer(_speech, group_size=128, held_out=0.5, batch_size=128)
-    with pytest.raises(ConfigError, match="fewer than one group of 128"):
-        trainer(trial(input="1,40,61", classes=11))
+def test_what_cannot_be_trained_is_refused() -> None:
+    speech = trial(input="1,40,61", classes=11)
+    with pytest.raises(ConfigError, match="fewer than one batch"):
+        trainer(_speech, batch_size=1024)(speech)
+    with pytest.raises(ConfigError, match="expects"):
+        trainer(load_sample, batch_size=32)(speech)
+    with pytest.raises(ConfigError, match="the others for the method"):
+        trainer(load_sample, batch_size=32, method="datamix")(trial(cloud="linear"))

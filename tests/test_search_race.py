@@ -237,7 +237,13 @@ def test_the_command_is_one_that_a_shell_reads_back() -> None:
 
     candidate = Candidate("bridgenet", (("rounds", 2), ("widths", "64,96")))
     command = train_command(
-        candidate, dataset="cifar10", directory="/my data", group_size=8, output="out/bundle"
+        candidate,
+        dataset="cifar10",
+        directory="/my data",
+        preset="cifar10",
+        method="linear",
+        group_size=8,
+        output="out/bundle",
     )
     words = shlex.split(command)
     assert words[:4] == ["datamix", "train", "--output", "out/bundle"]

@@ -101,6 +101,18 @@ def test_a_network_has_a_space_of_its_own_which_options_narrow() -> None:
         assert len(make_space(name, input_shape=SHAPE, classes=CLASSES)) > 3
 
 
+def test_defaults_give_way_to_the_data_to_options_and_to_what_is_varied() -> None:
+    found = make_space(
+        "bridgenet",
+        ["rounds=1,2"],
+        ["depth=2"],
+        input_shape=SHAPE,
+        classes=CLASSES,
+        defaults={"rounds": 3, "depth": 1, "neck": 96, "input": "3,32,32"},
+    )
+    assert dict(found.fixed) == {"depth": 2, "neck": 96, "input": "1,28,28", "classes": 10}
+
+
 @pytest.mark.parametrize("name", ["bridgenet", "convnet", "resnet18"])
 def test_every_default_candidate_can_be_built(name: str) -> None:
     shape = (3, 32, 32) if name == "resnet18" else SHAPE

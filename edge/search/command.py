@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,7 @@ from edge.search.run import Costed, Race, Refused, Report, SearchResult, afford,
 from edge.search.space import SearchSpace, make_space
 from edge.search.training import HeldOutTrainer
 from edge.search.trial import Outcome, Trial
+from edge.settings import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,12 @@ class SearchConfig:
         budget: what the device can afford.
         halving: how many trainings of what length.
         candidates: at most so many of those within the budget race, drawn at random.
-        group_size: K.
+        training: how to train; its architecture, epochs, budget and seed are the search's.
+        preset: name of the settings that ``training`` started from; None: the defaults.
         wire_dtype: what bytes are counted for.
         held_out: share of the training split that is measured with.
-        batch_size: inputs per step.
         seed: of everything random.
         jobs: trainings at a time, each in a process of its own.
-        threads: of each.
         picture: kind of the plot.
         command: how this was asked for, to be written down.
     """
@@ -65,13 +65,12 @@ class SearchConfig:
     budget: DeviceBudget = DeviceBudget()
     halving: Halving = Halving()
     candidates: int | None = 24
-    group_size: int = 8
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(group_size=8))
+    preset: str | None = None
     wire_dtype: Dtype = "float16"
     held_out: float = 0.1
-    batch_size: int = 256
     seed: int = 0
     jobs: int = 1
-    threads: int = 1
     picture: Literal["svg", "png"] = "svg"
     command: Sequence[str] = ()
 
@@ -93,10 +92,8 @@ class SearchConfig:
         """What runs the trials."""
         return HeldOutTrainer(
             load=partial(load_dataset, self.dataset, "train", self.directory),
-            group_size=self.group_size,
+            config=self.training,
             held_out=self.held_out,
-            batch_size=self.batch_size,
-            threads=self.threads,
         )
 
 
@@ -159,12 +156,20 @@ def _candidates(
 ) -> tuple[SearchSpace, list[Costed], list[Refused]]:
     channels, height, width = data.preprocessing.input_shape
     shape, classes = (channels, height, width), len(data.class_names)
+    recommended = config.training.architecture
     space = make_space(
-        config.architecture, config.vary, config.options, input_shape=shape, classes=classes
+        config.architecture,
+        config.vary,
+        config.options,
+        input_shape=shape,
+        classes=classes,
+        # A preset's network, where nothing else is asked for; the printed command has it, too.
+        defaults=recommended.options if recommended.name == config.architecture else {},
     )
     cost_of = partial(
         cost,
-        group_size=config.group_size,
+        method=config.training.method,
+        group_size=config.training.group_size,
         wire_dtype=config.wire_dtype,
         input_shape=shape,
         classes=classes,
@@ -183,7 +188,9 @@ def _write(
         result.chosen.candidate,
         dataset=config.dataset,
         directory=None if config.directory is None else str(config.directory),
-        group_size=config.group_size,
+        preset=config.preset,
+        method=config.training.method,
+        group_size=config.training.group_size,
         output=str(config.output / "bundle"),
     )
     about = {
@@ -197,7 +204,11 @@ def _write(
     }
     report.write_json(report.to_json(result, about), config.output / "search.json")
     picture = config.output / f"search.{config.picture}"
-    plot(result, picture, f"{config.architecture} on {settings['data']}, K = {config.group_size}")
+    plot(
+        result,
+        picture,
+        f"{config.architecture} on {settings['data']}, K = {config.training.group_size}",
+    )
     say(report.table(result, label))
     say(f"Written: {config.output / 'search.json'}, {picture}")
     say(f"To train what was chosen on the whole training split:\n{command}")

@@ -11,6 +11,7 @@ from torch import nn
 from datamix.errors import ConfigError
 from datamix.models import Architecture, SplitModel, block_shapes, build, count_flops
 from datamix.wire import Dtype
+from edge.networks import architecture_for
 from edge.search.budget import Costs
 from edge.search.space import Candidate
 
@@ -21,18 +22,22 @@ _SCALE_BYTES = 4  # int8 sends one float32 factor per row
 def cost(
     candidate: Candidate,
     *,
+    method: str = "linear",
     group_size: int,
     wire_dtype: Dtype,
     input_shape: tuple[int, int, int],
     classes: int,
 ) -> Costs:
-    """Costs per input of ``candidate`` in groups of ``group_size``.
+    """Costs per input of ``candidate`` in groups of ``group_size``, with the cloud of ``method``.
 
     Raises:
-        ConfigError: options that no network can be built from, or that don't fit the data.
+        ConfigError: options that no network can be built from, or that don't fit the data or the
+            method.
     """
+    plain = Architecture(candidate.architecture, dict(candidate.options))
+    architecture = architecture_for(method, plain)
     with torch.device("meta"):
-        model = build(Architecture(candidate.architecture, dict(candidate.options)))
+        model = build(architecture)
     if (model.input_shape, model.classes) != (input_shape, classes):
         raise ConfigError(
             f"the network takes {model.input_shape} and tells {model.classes} classes,"

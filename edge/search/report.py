@@ -89,13 +89,23 @@ def write_json(value: Mapping[str, Any], path: Path) -> None:
 
 
 def train_command(
-    candidate: Candidate, *, dataset: str, directory: str | None, group_size: int, output: str
+    candidate: Candidate,
+    *,
+    dataset: str,
+    directory: str | None,
+    preset: str | None,
+    method: str,
+    group_size: int,
+    output: str,
 ) -> str:
     """The command that trains ``candidate`` on the whole training split, for a shell."""
     words = ["datamix", "train", "--output", output, "--dataset", dataset]
     if directory is not None:
         words += ["--data", directory]
-    words += ["--group-size", str(group_size), "--architecture", candidate.architecture]
+    if preset is not None:
+        words += ["--preset", preset]
+    words += ["--method", method, "--group-size", str(group_size)]
+    words += ["--architecture", candidate.architecture]
     for name, value in candidate.options:
         words += ["--option", f"{name}={value}"]
     return shlex.join(words)

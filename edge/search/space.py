@@ -107,6 +107,7 @@ def make_space(
     *,
     input_shape: tuple[int, int, int],
     classes: int,
+    defaults: Mapping[str, Value] | None = None,
 ) -> SearchSpace:
     """The space that a command line asks for.
 
@@ -118,6 +119,7 @@ def make_space(
             vary is taken out of it.
         input_shape: (C, H, W) of the data.
         classes: of the data.
+        defaults: options that are neither varied nor given take these values.
 
     Raises:
         ConfigError: text that doesn't look like this, or no default for this network.
@@ -133,7 +135,8 @@ def make_space(
         raise ConfigError(
             f"{architecture} has no default space, expected what to vary, such as width=32,64"
         )
-    for key, value in _of_data(architecture, input_shape, classes).items():
+    rest = {**(defaults or {}), **_of_data(architecture, input_shape, classes)}
+    for key, value in rest.items():
         if key not in grid:
             fixed.setdefault(key, value)
     return SearchSpace(architecture, tuple(grid.items()), tuple(sorted(fixed.items())))
