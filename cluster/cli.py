@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cluster.models_cli import app as models
+from cluster.search_cli import as_search, search
 from cluster.training_cli import add_training
 from datamix.errors import ConfigError, DataMixError
 
@@ -33,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(models, name="models")
+app.command()(search)
 add_training(app)
 
 
@@ -381,7 +383,7 @@ def doctor(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, ``sys.argv`` by default, and exit with the code it earned."""
     try:
-        app(arguments, prog_name="datamix")
+        app(as_search(sys.argv[1:] if arguments is None else arguments), prog_name="datamix")
     except DataMixError as error:
         print(f"datamix: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

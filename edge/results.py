@@ -117,20 +117,6 @@ class Row:
             self.budget,
         )
 
-    @property
-    def sizes(self) -> str:
-        """The architecture but for what its cloud is made of."""
-        return self._architecture_without("cloud")
-
-    @property
-    def sizes_in_any_rounds(self) -> str:
-        """The same, however the layers are dealt out to rounds."""
-        return self._architecture_without("cloud", "rounds", "n_blocks")
-
-    def _architecture_without(self, *keys: str) -> str:
-        options = {key: value for key, value in self.options.items() if key not in keys}
-        return f"{self.architecture} {json.dumps(options, sort_keys=True)}"
-
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Row:
         """From one object of the file.
@@ -154,33 +140,26 @@ def digest(settings: str) -> str:
 
 
 def with_baselines(rows: Sequence[Row]) -> list[Row]:
-    """Each row with the accuracies of its baselines, where these are among ``rows``.
+    """Each row of an experiment with the accuracies of its baselines, where these have rows.
 
-    ``unmixed`` is the row of the same sizes; if there is none with as many rounds, the one with
-    one round, which is what a cloud with activations of its own needs. ``edge-only`` is the row of
-    the same stem. Both have the same data, seed and budget.
+    A baseline is of the same preset, data, seed and budget; rows without a preset keep theirs.
     """
-    unmixed = {_place(r, r.sizes): r.accuracy for r in rows if r.method == "unmixed"}
-    one_round = {
-        _place(r, r.sizes_in_any_rounds): r.accuracy
-        for r in rows
-        if r.method == "unmixed" and r.rounds == 1
-    }
-    edge = {_place(r, r.edge_network): r.accuracy for r in rows if r.method == "edge-only"}
+    unmixed = {_place(row): row.accuracy for row in rows if row.method == "unmixed"}
+    edge = {_place(row): row.accuracy for row in rows if row.method == "edge-only"}
     return [
         replace(
             row,
-            accuracy_unmixed=unmixed.get(
-                _place(row, row.sizes), one_round.get(_place(row, row.sizes_in_any_rounds))
-            ),
-            accuracy_edge_only=edge.get(_place(row, row.edge_network)),
+            accuracy_unmixed=unmixed.get(_place(row)),
+            accuracy_edge_only=edge.get(_place(row)),
         )
+        if row.preset
+        else row
         for row in rows
     ]
 
 
-def _place(row: Row, network: str) -> tuple[object, ...]:
-    return row.dataset, network, row.seed, row.budget
+def _place(row: Row) -> tuple[object, ...]:
+    return row.dataset, row.preset, row.seed, row.budget
 
 
 def read_rows(path: Path) -> list[Row]:
