@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 _FLAGS = {"version": "--model-version"}
 # Given by flags of their own.
-_COMPOUND = {"architecture", "augmentation"}
+_COMPOUND = frozenset({"architecture", "augmentation"})
+# Each arm of an experiment says these itself.
+_OF_THE_ARMS = frozenset(
+    {"name", "version", "method", "group_size", "law", "noise_sigma", "teacher", "seed"}
+)
 
 _Data = Annotated[Path | None, typer.Option(help="Folder of the data set; else $DATAMIX_DATA.")]
 _OptionValues = Annotated[
@@ -40,7 +44,7 @@ _AugmentValues = Annotated[
 def add_training(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command()(_with_settings(train))
-    app.command()(_with_settings(experiment))
+    app.command()(_with_settings(experiment, without=_OF_THE_ARMS))
     app.command()(results)
 
 
@@ -150,11 +154,13 @@ def _scalars(folder: Path | None) -> AbstractContextManager[Any]:
     return writer
 
 
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with a flag for each setting that it has no parameter for."""
+def _with_settings(
+    command: Callable[..., None], without: frozenset[str] = frozenset()
+) -> Callable[..., None]:
+    """The command with a flag for each setting, but for those ``without``."""
     signature = inspect.signature(command, eval_str=True)
     given = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    known = {p.name for p in given} | _COMPOUND
+    known = {p.name for p in given} | _COMPOUND | without
     types, texts = get_type_hints(TrainConfig, localns={"Architecture": Any}), _texts()
     flags = []
     for field in fields(TrainConfig):
