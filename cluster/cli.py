@@ -39,6 +39,7 @@ app.add_typer(models, name="models")
 _EXTRAS = {
     "matplotlib": "report",
     "onnx": "torch",
+    "pyarrow": "torch",
     "onnxruntime": "device",
     "safetensors": "torch",
     "torch": "torch",

@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-import pyarrow
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from datamix.errors import BundleError, ConfigError
@@ -348,7 +347,7 @@ def read_file(path: str | Path, file: str, max_bytes: int) -> bytes:
     read = _read_uri if isinstance(path, str) and _URI.match(path) else _read_local
     try:
         body = read(path, file, max_bytes)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError) as error:
         raise BundleError(f"{file} cannot be read: {_one_line(str(error))}") from None
     if len(body) > max_bytes:
         raise BundleError(f"{file} has more than {max_bytes} bytes")
@@ -365,16 +364,21 @@ def _read_local(path: str | Path, file: str, max_bytes: int) -> bytes:
 
 
 def _read_uri(path: str | Path, file: str, max_bytes: int) -> bytes:
-    import pyarrow.fs  # loads the clients of all clouds
-
-    system, folder = pyarrow.fs.FileSystem.from_uri(path)
-    full = f"{folder.rstrip('/')}/{file}"
-    info = system.get_file_info(full)
-    if info.type != pyarrow.fs.FileType.File:
-        raise BundleError(f"no {file} in bundle {str(path)!r}")
-    _check_size(file, info.size, max_bytes)
-    with system.open_input_stream(full) as stream:
-        return bytes(stream.read(max_bytes + 1))
+    try:
+        import pyarrow.fs  # with the clients of all clouds
+    except ModuleNotFoundError:
+        raise BundleError(f"bundle {str(path)!r} is a URI, which takes pyarrow to read") from None
+    try:
+        system, folder = pyarrow.fs.FileSystem.from_uri(path)
+        full = f"{folder.rstrip('/')}/{file}"
+        info = system.get_file_info(full)
+        if info.type != pyarrow.fs.FileType.File:
+            raise BundleError(f"no {file} in bundle {str(path)!r}")
+        _check_size(file, info.size, max_bytes)
+        with system.open_input_stream(full) as stream:
+            return bytes(stream.read(max_bytes + 1))
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from None
 
 
 def _check_size(file: str, found: int | None, max_bytes: int) -> None:
