@@ -34,7 +34,7 @@ def mixed(model: SplitModel, inputs: Tensor, matrix: Tensor) -> Tensor:
     return logits
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=20)
 @given(
     rounds=st.integers(1, 3), depth=st.integers(1, 2), group=st.sampled_from([2, 4, 8, 32]),
     seed=st.integers(0, 99),

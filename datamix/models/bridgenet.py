@@ -147,14 +147,19 @@ class BridgeNet:
         return nn.Sequential(*layers, *pooled)
 
     def _edge_head(self) -> nn.Module:
-        """Two layers on the stem's features, averaged to 4x4 places."""
-        width = self.stem_width
-        return nn.Sequential(
-            *_norm_relu(width),
-            nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(),
-            *self._layers(16 * width, self.hidden or 128),
-        )
+        """What the device could do for about the FLOPs of its bridges and head, without a cloud.
+
+        Each section as a depthwise and a 1x1 convolution (MobileNet, arXiv:1704.04861).
+        """
+        layers: list[nn.Module] = []
+        width, sizes = self.stem_width, [-(-size // 2) for size in self.input_shape[1:]]
+        for wider, stride in zip(self.widths, self.strides, strict=True):
+            layers += [*_depthwise(width, stride), *_norm_relu(width)]
+            layers.append(nn.Conv2d(width, wider, 1, bias=False))
+            layers += _norm_relu(wider)
+            width, sizes = wider, [-(-size // stride) for size in sizes]
+        # The head begins with a norm and a ReLU of its own.
+        return nn.Sequential(*layers[:-2], self._head(width, sizes))
 
     def _layers(self, values: int, hidden: int) -> list[nn.Module]:
         return [nn.Linear(values, hidden), nn.ReLU(), nn.Linear(hidden, self.classes)]
@@ -164,8 +169,8 @@ def _norm_relu(width: int) -> list[nn.Module]:
     return [nn.BatchNorm2d(width), nn.ReLU()]
 
 
-def _depthwise(width: int) -> list[nn.Module]:
-    return [nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)]
+def _depthwise(width: int, stride: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(width, width, 3, stride=stride, padding=1, groups=width, bias=False)]
 
 
 def _pointwise(inputs: int, outputs: int) -> list[nn.Module]:
