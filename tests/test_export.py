@@ -24,6 +24,7 @@ from tests.exported import OPTIONS, write_bundle
 ARCHITECTURES = {
     "convnet, one round": Architecture("convnet", {**OPTIONS, "n_blocks": 1}),
     "convnet, four rounds": Architecture("convnet", {**OPTIONS, "n_blocks": 4}),
+    "bridgenet, rich bridges": Architecture("bridgenet", {"neck": 16, "hidden": 32}),
     "resnet18, stem only": Architecture("resnet18", {"cut": 0}),
     "resnet18, large images": Architecture("resnet18", {"cut": 1, "image_size": 224}),
 }
