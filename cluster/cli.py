@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cluster.models_cli import app as models
+from cluster.search_cli import as_search, search
+from cluster.training_cli import add_training
 from datamix.errors import ConfigError, DataMixError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(models, name="models")
+app.command()(search)
+add_training(app)
 
 
 # What pyproject.toml's extras bring that a command may miss.
@@ -266,44 +269,6 @@ def infer(
 
 
 @app.command()
-def train(
-    output: Annotated[Path, typer.Option(help="New folder for the bundle.")],
-    dataset: Annotated[str, typer.Option(help="Only fashion-mnist is known.")] = "fashion-mnist",
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of the data set; else $DATAMIX_DATA.")
-    ] = None,
-    name: Annotated[str, typer.Option(help="Name of the model.")] = "fashion-mnist-mix",
-    model_version: Annotated[str, typer.Option(help="Version of the model.")] = "1",
-    rounds: Annotated[int, typer.Option(help="Trips to the cloud per inference, 1 to 4.")] = 2,
-    group_size: Annotated[int, typer.Option(help="Inputs mixed together.")] = 4,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 12,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of everything random in training.")] = 0,
-    threads: Annotated[int, typer.Option(help="Processor threads.")] = 1,
-) -> None:
-    """Train a model and save it as a bundle; the same command goes on after Ctrl-C."""
-    from datamix.models import Architecture
-    from edge.data import load_dataset
-    from edge.train import TrainConfig, stop_on_interrupt
-    from edge.train import train as run
-
-    config = TrainConfig(
-        name=name,
-        version=model_version,
-        architecture=Architecture("convnet", {"n_blocks": rounds}),
-        group_size=group_size,
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        threads=threads,
-    )
-    images = load_dataset(dataset, "train", data), load_dataset(dataset, "test", data)
-    with stop_on_interrupt() as stop:
-        manifest = run(config, *images, output, report=partial(print, flush=True), stop=stop)
-    print(manifest.model_dump_json(indent=2))
-
-
-@app.command()
 def evaluate(
     bundle: Annotated[str, typer.Option(help="Folder or URI of the bundle.")],
     dataset: Annotated[
@@ -444,7 +409,7 @@ def doctor(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, ``sys.argv`` by default, and exit with the code it earned."""
     try:
-        app(arguments, prog_name="datamix")
+        app(as_search(sys.argv[1:] if arguments is None else arguments), prog_name="datamix")
     except DataMixError as error:
         print(f"datamix: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

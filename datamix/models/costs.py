@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from datamix.models.convnet import LinearBlock
+from datamix.models.collapse import Step, least_flops, window
 from datamix.models.split import Shape, SplitModel
 
 
@@ -98,7 +98,7 @@ def count_flops(model: SplitModel, *, group_size: int = 0) -> Flops:
             bridges.append(cost)
         cascade, output = _measure(_on_meta(block), shape)
         blocks.append(cascade)
-        collapsed.append(_collapsed(block, cascade, shape, output) if model.linear else None)
+        collapsed.append(_collapsed(block, shape) if model.linear else None)
         values += _numel(shape) + _numel(output)
         shape = output
     head, _ = _measure(_on_meta(model.head), shape)
@@ -116,16 +116,14 @@ def _numel(shape: Shape) -> int:
     return int(torch.Size(shape).numel())
 
 
-def _collapsed(block: nn.Module, cascade: int, inputs: Shape, outputs: Shape) -> int:
-    """The least of: layer by layer, one dense matrix, one large convolution.
-
-    The large convolution is counted as if it were exact; at the borders it isn't quite (zero
-    padding cuts the inner layers too), so this never counts the cloud too high.
-    """
-    costs = [cascade, 2 * _numel(inputs) * _numel(outputs)]
-    if isinstance(block, LinearBlock):
-        costs.append(2 * block.collapsed_kernel**2 * inputs[0] * _numel(outputs))
-    return min(costs)
+def _collapsed(block: nn.Module, shape: Shape) -> int:
+    """FLOPs of the cheapest known way to compute a linear block."""
+    steps = []
+    for layer in block if isinstance(block, nn.Sequential) else (block,):
+        cost, output = _measure(_on_meta(layer), shape)
+        steps.append(Step(cost, window(layer), shape, output))
+        shape = output
+    return least_flops(steps)
 
 
 def block_shapes(model: SplitModel) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:
