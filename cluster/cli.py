@@ -44,6 +44,7 @@ _EXTRAS = {
     "onnx": "torch",
     "pyarrow": "torch",
     "onnxruntime": "device",
+    "tensorboard": "train",
     "safetensors": "torch",
     "torch": "torch",
     **dict.fromkeys(("rich", "uvloop"), "cli"),

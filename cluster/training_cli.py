@@ -68,6 +68,12 @@ def train(
     tensorboard: Annotated[
         Path | None, typer.Option(help="Folder for TensorBoard's files.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes that train together, placed by Ray Train.")
+    ] = 1,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster for them, auto or host:port; else our own.")
+    ] = None,
     **settings: Any,
 ) -> None:
     """Train a model and save it as a bundle; the same command goes on after Ctrl-C."""
@@ -79,6 +85,12 @@ def train(
     base = TrainConfig() if preset is None else find(preset).config
     found = _changed(base, architecture, option, rounds, augment, settings)
     dataset = dataset or ("fashion-mnist" if preset is None else find(preset).dataset)
+    if workers != 1:
+        from cluster.ray_training import Task, train_together
+
+        task = Task(found, dataset, _absolute(data), str(output.absolute()), _absolute(tensorboard))
+        train_together(task, workers, address)
+        return
     inputs = load_dataset(dataset, "train", data), load_dataset(dataset, "test", data)
     with stop_on_interrupt() as stop, _scalars(tensorboard) as scalars:
         manifest = run(
@@ -142,6 +154,11 @@ def results(
     from edge.results_page import write_page
 
     write_page(json_path, markdown, plots or markdown.with_suffix(""))
+
+
+def _absolute(path: Path | None) -> str | None:
+    """For workers, which run in folders of their own."""
+    return None if path is None else str(path.absolute())
 
 
 def _scalars(folder: Path | None) -> AbstractContextManager[Any]:

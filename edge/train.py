@@ -74,6 +74,8 @@ def train(
         KeyboardInterrupt: ``stop`` said so; the checkpoint is saved.
     """
     workers = workers or Alone()
+    if workers.rank:
+        report = _silent
     if output.exists():
         raise ConfigError(f"{output} exists already, expected a new folder for the bundle")
     check_fit(config, training)
@@ -111,6 +113,10 @@ def train(
     )
     shutil.rmtree(checkpoints)
     return manifest
+
+
+def _silent(line: str) -> None:
+    """What workers other than number 0 report."""
 
 
 # ------------------------------------------------------------------ measure and save
