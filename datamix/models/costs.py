@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from datamix.models.convnet import LinearBlock
 from datamix.models.split import Shape, SplitModel
+from datamix.models.trace import on_meta, trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +73,6 @@ def _measure(part: nn.Module, shape: Shape) -> tuple[int, Shape]:
     return int(counter.get_total_flops()), tuple(output.shape[1:])
 
 
-def _on_meta(part: nn.Module) -> nn.Module:
-    """A copy in eval mode that holds shapes and no values."""
-    return deepcopy(part).to("meta").eval()
-
-
 def count_flops(model: SplitModel, *, group_size: int = 0) -> Flops:
     """Count FLOPs per input by running each part on the meta device.
 
@@ -87,21 +81,21 @@ def count_flops(model: SplitModel, *, group_size: int = 0) -> Flops:
     fold into the convolutions) are not counted. ``group_size`` K adds the device's 2 K FLOPs per
     value that is mixed or de-mixed; 0 leaves mixing out.
     """
-    stem, shape = _measure(_on_meta(model.stem), model.input_shape)
+    stem, shape = _measure(on_meta(model.stem), model.input_shape)
     blocks: list[int] = []
     collapsed: list[int | None] = []
     bridges: list[int] = []
     values = 0
     for index, block in enumerate(model.blocks):
         if index:
-            cost, shape = _measure(_on_meta(model.bridges[index - 1]), shape)
+            cost, shape = _measure(on_meta(model.bridges[index - 1]), shape)
             bridges.append(cost)
-        cascade, output = _measure(_on_meta(block), shape)
+        cascade, output = _measure(on_meta(block), shape)
         blocks.append(cascade)
         collapsed.append(_collapsed(block, cascade, shape, output) if model.linear else None)
         values += _numel(shape) + _numel(output)
         shape = output
-    head, _ = _measure(_on_meta(model.head), shape)
+    head, _ = _measure(on_meta(model.head), shape)
     return Flops(
         stem,
         tuple(blocks),
@@ -123,19 +117,20 @@ def _collapsed(block: nn.Module, cascade: int, inputs: Shape, outputs: Shape) ->
     padding cuts the inner layers too), so this never counts the cloud too high.
     """
     costs = [cascade, 2 * _numel(inputs) * _numel(outputs)]
-    if isinstance(block, LinearBlock):
-        costs.append(2 * block.collapsed_kernel**2 * inputs[0] * _numel(outputs))
+    if (reach := trace(block, inputs).reach) is not None:
+        height, width = reach.kernel
+        costs.append(2 * height * width * inputs[0] * _numel(outputs))
     return min(costs)
 
 
 def block_shapes(model: SplitModel) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:
     """Input and output shape (C, H, W) of each block, by running the model on the meta device."""
-    _, shape = _measure(_on_meta(model.stem), model.input_shape)
+    _, shape = _measure(on_meta(model.stem), model.input_shape)
     shapes = []
     for index, block in enumerate(model.blocks):
         if index:
-            _, shape = _measure(_on_meta(model.bridges[index - 1]), shape)
-        _, output = _measure(_on_meta(block), shape)
+            _, shape = _measure(on_meta(model.bridges[index - 1]), shape)
+        _, output = _measure(on_meta(block), shape)
         shapes.append((_chw(shape), _chw(output)))
         shape = output
     return shapes
