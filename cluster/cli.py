@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cluster.costs_cli import costs
 from cluster.models_cli import app as models
 from datamix.errors import ConfigError, DataMixError
 
@@ -33,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(models, name="models")
+app.command()(costs)
 
 
 # What pyproject.toml's extras bring that a command may miss.

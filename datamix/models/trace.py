@@ -40,13 +40,23 @@ class Reach:
 
     def through(self, kernel: Any, stride: Any, padding: Any, dilation: Any = 1) -> Reach:
         """What is seen through one more window."""
-        step, low, high = [], [], []
-        for axis in (0, 1):
-            size, pad, wide = _at(kernel, axis), _at(padding, axis), _at(dilation, axis)
-            jump = self.step[axis]
-            step.append(jump * _at(stride, axis))
-            low.append(self.low[axis] - pad * jump)
-            high.append(self.high[axis] + ((size - 1) * wide - pad) * jump)
+        pads = [_at(padding, axis) for axis in (0, 1)]
+        wide = [(_at(kernel, axis) - 1) * _at(dilation, axis) for axis in (0, 1)]
+        window = Reach(
+            (_at(stride, 0), _at(stride, 1)),
+            (-pads[0], -pads[1]),
+            (wide[0] - pads[0], wide[1] - pads[1]),
+        )
+        return self.then(window)
+
+    def then(self, other: Reach) -> Reach:
+        """What is seen through this and then ``other``."""
+        axes = (0, 1)
+        step, low, high = (
+            tuple(self.step[axis] * other.step[axis] for axis in axes),
+            tuple(self.low[axis] + self.step[axis] * other.low[axis] for axis in axes),
+            tuple(self.high[axis] + self.step[axis] * other.high[axis] for axis in axes),
+        )
         return Reach((step[0], step[1]), (low[0], low[1]), (high[0], high[1]))
 
     def joined(self, other: Reach) -> Reach | None:
