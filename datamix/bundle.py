@@ -3,6 +3,7 @@
     manifest.json          what the model is; names, shapes, hashes      (both sides)
     device.safetensors     stem, bridges, head                           (the device)
     backbone.safetensors   blocks                                        (the cloud)
+    stem.onnx, ...         stem, bridges, head again, for a device without torch; optional
 
 A bundle is foreign input. Reading checks the schema, the sizes, the sha256 of the exact bytes and
 the name, type and shape of every tensor, and refuses what it does not know. Nothing is unpickled.
@@ -21,7 +22,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-import pyarrow.fs
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from datamix.errors import BundleError, ConfigError
@@ -42,13 +42,20 @@ DEVICE: Final = "device.safetensors"
 BACKBONE: Final = "backbone.safetensors"
 
 MAX_MANIFEST_BYTES = 1 << 20
+MAX_BLOCKS = 64
 _MAX_HEADER_BYTES = 1 << 20  # of a safetensors file: names, types and shapes
+
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 Side = Literal["device", "backbone"]
 _FILES: Mapping[Side, _WeightFile] = {"device": DEVICE, "backbone": BACKBONE}
 
 _Text = Annotated[str, Field(max_length=256)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_HashedFile = Annotated[
+    str,
+    Field(pattern=r"^((device|backbone)\.safetensors|(stem|head|bridge_[0-9]{1,2})\.onnx)$"),
+]
 
 
 class BlockShape(Strict):
@@ -90,7 +97,8 @@ class Manifest(Strict):
             wire, float32 in the cloud, errors of earlier rounds included), relative to
             ``max(1, |value|)``; more than that is somebody's bug.
         metrics: as recorded at training.
-        hashes: sha256 of the exact bytes of both weight files.
+        hashes: sha256 of the exact bytes of both weight files and, where a device's parts were
+            exported, of all files of :func:`onnx_files`.
     """
 
     schema_version: Literal[1]
@@ -98,20 +106,34 @@ class Manifest(Strict):
     version: Annotated[str, Field(pattern=r"^[0-9A-Za-z._-]{1,32}$")]
     mode: Literal["mix", "bounded", "split"]
     group_size: Annotated[int, Field(ge=1, le=1024)]
-    blocks: Annotated[tuple[BlockShape, ...], Field(min_length=1, max_length=64)]
+    blocks: Annotated[tuple[BlockShape, ...], Field(min_length=1, max_length=MAX_BLOCKS)]
     architecture: ArchitectureSpec
     preprocessing: Preprocessing
     class_names: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=10_000)]
     wire_dtype: Literal["float16"]
     tolerance: Annotated[FiniteFloat, Field(gt=0, le=1)]
     metrics: Annotated[dict[_Text, FiniteFloat], Field(max_length=256)]
-    hashes: dict[_WeightFile, _Sha256]
+    hashes: dict[_HashedFile, _Sha256]
 
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
-        if set(self.hashes) != {DEVICE, BACKBONE}:
-            raise ValueError(f"hashes need {DEVICE} and {BACKBONE}")
+        exported = onnx_files(len(self.blocks))
+        if set(self.hashes) not in ({DEVICE, BACKBONE}, {DEVICE, BACKBONE, *exported}):
+            raise ValueError(
+                f"hashes need {DEVICE} and {BACKBONE}, and with them all or none of "
+                f"{', '.join(exported)}"
+            )
         return self
+
+    @property
+    def has_onnx(self) -> bool:
+        """Whether the device's parts are there as ONNX files too."""
+        return len(self.hashes) > len(_FILES)
+
+
+def onnx_files(blocks: int) -> tuple[str, ...]:
+    """Names of a device's ONNX files for so many blocks: stem, bridges, head."""
+    return ("stem.onnx", *(f"bridge_{index}.onnx" for index in range(blocks - 1)), "head.onnx")
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -123,7 +145,7 @@ def read_manifest(path: str | Path) -> Manifest:
     Raises:
         BundleError: missing, unreadable, too large, or not a valid manifest.
     """
-    body = _read(path, MANIFEST, MAX_MANIFEST_BYTES)
+    body = read_file(path, MANIFEST, MAX_MANIFEST_BYTES)
     try:
         return Manifest.model_validate_json(body)
     except ValidationError as error:
@@ -211,7 +233,7 @@ def save_bundle(
         raise BundleError(f"cannot save: {_one_line(str(error.errors()[0]['msg']))}") from None
     _check_model(manifest, _skeleton(manifest))
     files[MANIFEST] = (manifest.model_dump_json(indent=2) + "\n").encode()
-    _write_folder(target, files)
+    write_folder(target, files)
     return manifest
 
 
@@ -270,7 +292,7 @@ def _load_side(path: str | Path, manifest: Manifest, side: Side) -> SplitModel:
     expected = _tensors(model, side)
     values = sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
     file = _FILES[side]
-    body = _read(path, file, values + _MAX_HEADER_BYTES)
+    body = read_file(path, file, values + _MAX_HEADER_BYTES)
     if hashlib.sha256(body).hexdigest() != manifest.hashes[file]:
         raise BundleError(f"{file}: sha256 differs from the manifest's; the file was changed")
     _check_header(file, body, expected)
@@ -316,29 +338,60 @@ def _check_header(file: str, body: bytes, expected: Mapping[str, Tensor]) -> Non
 # ------------------------------------------------------------------ files
 
 
-def _read(path: str | Path, file: str, max_bytes: int) -> bytes:
-    """Exact bytes of ``path/file``, refused unread when there are more than ``max_bytes``."""
+def read_file(path: str | Path, file: str, max_bytes: int) -> bytes:
+    """Exact bytes of ``path/file``, refused unread when there are more than ``max_bytes``.
+
+    Raises:
+        BundleError: no such file, too large, or it cannot be read.
+    """
+    read = _read_uri if isinstance(path, str) and _URI.match(path) else _read_local
     try:
-        if isinstance(path, str) and re.match(r"^[A-Za-z][A-Za-z0-9+.-]*://", path):
-            system, folder = pyarrow.fs.FileSystem.from_uri(path)
-        else:
-            system, folder = pyarrow.fs.LocalFileSystem(), os.path.abspath(path)
-        full = f"{folder.rstrip('/')}/{file}"
-        info = system.get_file_info(full)
-        if info.type != pyarrow.fs.FileType.File:
-            raise BundleError(f"no {file} in bundle {str(path)!r}")
-        if info.size is None or info.size > max_bytes:
-            raise BundleError(f"{file} has {info.size} bytes, expected at most {max_bytes}")
-        with system.open_input_stream(full) as stream:
-            body = bytes(stream.read(max_bytes + 1))
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        body = read(path, file, max_bytes)
+    except (OSError, ValueError) as error:
         raise BundleError(f"{file} cannot be read: {_one_line(str(error))}") from None
     if len(body) > max_bytes:
         raise BundleError(f"{file} has more than {max_bytes} bytes")
     return body
 
 
-def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
+def _read_local(path: str | Path, file: str, max_bytes: int) -> bytes:
+    full = Path(path) / file
+    if not full.is_file():
+        raise BundleError(f"no {file} in bundle {str(path)!r}")
+    _check_size(file, full.stat().st_size, max_bytes)
+    with open(full, "rb") as stream:
+        return stream.read(max_bytes + 1)
+
+
+def _read_uri(path: str | Path, file: str, max_bytes: int) -> bytes:
+    try:
+        import pyarrow.fs  # with the clients of all clouds
+    except ModuleNotFoundError:
+        raise BundleError(f"bundle {str(path)!r} is a URI, which takes pyarrow to read") from None
+    try:
+        system, folder = pyarrow.fs.FileSystem.from_uri(path)
+        full = f"{folder.rstrip('/')}/{file}"
+        info = system.get_file_info(full)
+        if info.type != pyarrow.fs.FileType.File:
+            raise BundleError(f"no {file} in bundle {str(path)!r}")
+        _check_size(file, info.size, max_bytes)
+        with system.open_input_stream(full) as stream:
+            return bytes(stream.read(max_bytes + 1))
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from None
+
+
+def _check_size(file: str, found: int | None, max_bytes: int) -> None:
+    if found is None or found > max_bytes:
+        raise BundleError(f"{file} has {found} bytes, expected at most {max_bytes}")
+
+
+def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
+    """Write a new folder in one step: a reader sees all files or none.
+
+    Raises:
+        BundleError: it cannot be written, or it came into being meanwhile.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -151,6 +151,31 @@ def _string(data: bytes, position: int) -> tuple[int, int]:
     return start, stop
 
 
+def message_table(metadata: bytes) -> int:
+    """Position of the schema or record batch that a message wraps.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return _header(metadata)
+
+
+def message_kind(metadata: bytes) -> tuple[int, int]:
+    """What a message is (1: a schema, 3: a record batch), and the bytes of its body.
+
+    Raises:
+        ValueError: it does not say.
+    """
+    try:
+        table = _U32.unpack_from(metadata, 0)[0]
+        kind, size = _field(metadata, table, 1), _field(metadata, table, 3)
+        if not kind:
+            raise ValueError("message without a kind")
+        return metadata[kind], _I64.unpack_from(metadata, size)[0] if size else 0
+    except (struct.error, IndexError) as error:
+        raise ValueError("offset past the end") from error
+
+
 def is_little_endian(metadata: bytes) -> bool:
     """Whether a schema message declares little-endian buffers.
 
@@ -162,3 +187,7 @@ def is_little_endian(metadata: bytes) -> bool:
         return not position or _I16.unpack_from(metadata, position)[0] == 0
     except struct.error as error:
         raise ValueError("offset past the end") from error
+
+
+# For datamix.ipc, which walks further.
+field, follow, string = _field, _follow, _string

@@ -1,8 +1,9 @@
 """Arrow IPC framing, the writing side: features, scales and metadata as one complete stream.
 
 Devices of one model send the same message again and again, but for a few values of the metadata,
-such as the request's id, and the tensors themselves. So pyarrow writes schema and batch header once
-(:func:`template`), and later messages are joined around their own values and data.
+such as the request's id, and the tensors themselves. So schema and batch header are written once
+(:func:`template`), by pyarrow, or by :mod:`datamix.ipc` where it is not installed, and later
+messages are joined around their own values and data.
 
 The reading side is :mod:`datamix.unframing`.
 """
@@ -16,9 +17,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from datamix import flat
+from datamix import flat, ipc
 
 Dtype = Literal["float16", "float32", "int8"]
 Array = npt.NDArray[Any]
@@ -32,16 +32,28 @@ DTYPE_OF: dict[str, Dtype] = {np.dtype(name).char: name for name in DTYPES}
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of a stream
 
 _PADDING = 8  # Arrow aligns each buffer of a message's body to 8 bytes
-_ARROW = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}
+
+
+def _messages(
+    dtype: Dtype, shape: tuple[int, ...], metadata: Mapping[str, bytes]
+) -> tuple[bytes, bytes]:
+    """The schema message, and the record batch's without its body, for features (rows, *shape)."""
+    if ipc.arrow is None:
+        schema = ipc.schema_message(dtype, shape[1:], metadata)
+        return schema, ipc.batch_header(dtype, shape[1:], shape[0])
+    schema, header = _header(dtype, shape[1:], shape[0])
+    return schema.with_metadata(metadata).serialize().to_pybytes(), header
 
 
 @lru_cache(maxsize=256)
-def _header(dtype: Dtype, shape: tuple[int, ...], rows: int) -> tuple[pa.Schema, bytes]:
-    """Schema and record batch header of one layout.
+def _header(dtype: Dtype, shape: tuple[int, ...], rows: int) -> tuple[Any, bytes]:
+    """Schema and record batch header of one layout, as pyarrow has them.
 
     The header does not depend on the values, so pyarrow writes it once, over zeros.
     """
-    tensor = pa.fixed_shape_tensor(_ARROW[dtype], shape)
+    pa = ipc.arrow
+    types = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}
+    tensor = pa.fixed_shape_tensor(types[dtype], shape)
     size = math.prod(shape)
     zeros = pa.array(np.zeros(rows * size, dtype))
     storage = pa.FixedSizeListArray.from_arrays(zeros, size)
@@ -95,8 +107,8 @@ def template(
 ) -> Template:
     """The template of all messages with this layout.
 
-    Where values stand depends on their lengths only, so pyarrow writes the schema once, over values
-    of zeros.
+    Where values stand depends on their lengths only, so the schema is written once, over values of
+    zeros.
 
     Args:
         dtype: value type of the features.
@@ -104,11 +116,10 @@ def template(
         fields: the metadata's keys, in the order in which they are written, each with its value or,
             where that changes, the length of its value in bytes.
     """
-    schema, header = _header(dtype, shape[1:], shape[0])
     metadata = {
         key: bytes(value) if isinstance(value, int) else value.encode() for key, value in fields
     }
-    message = schema.with_metadata(metadata).serialize().to_pybytes()
+    message, header = _messages(dtype, shape, metadata)
     found = {key.decode(): where for key, *where in flat.metadata_values(message[8:])}
     places = [found[key] for key, value in fields if isinstance(value, int)]
     order = sorted(range(len(places)), key=lambda index: places[index][0])

@@ -1,6 +1,7 @@
 """Arrow IPC framing, the reading side: one complete stream to features, scales and metadata.
 
-The first message of a kind goes through pyarrow and the checks here from end to end. A later one of
+The first message of a kind goes through pyarrow (where it is not installed, through
+:mod:`datamix.ipc`) and the checks here from end to end. A later one of
 the same length that equals it in every byte of its headers, but for the values of a few metadata
 keys, such as the request's id, has passed the same checks, and its other metadata means the same.
 
@@ -13,12 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-import pyarrow as pa
 
-from datamix import flat
+from datamix import flat, ipc
 from datamix.errors import TooLarge, WireError
 from datamix.framing import DTYPE_OF, DTYPES, END, Array, Buffer, Dtype, Values
 
@@ -189,30 +189,21 @@ class _Parsed(NamedTuple):
 
 def _parse(body: Buffer, *, max_bytes: int, max_rows: int) -> _Parsed:
     """Check a message from end to end."""
-    reader = pa.BufferReader(body)
     try:
-        first = pa.ipc.read_message(reader)
-        header = first.metadata.to_pybytes()
-        if first.type != "schema" or not flat.is_little_endian(header):
-            raise WireError("message does not start with a little-endian Arrow schema")
-        schema = pa.ipc.read_schema(first)
-        names = schema.names  # raises where a name is not UTF-8
-        second = pa.ipc.read_message(reader)
-        if second.type != "record batch":
-            raise WireError(f"message holds a {second.type}, expected one record batch")
-        layout = flat.batch_layout(second.metadata.to_pybytes())
-    except (pa.ArrowException, OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        # pyarrow's own words can hold bytes of the message, so they stay here.
+        opened = _open(body) if ipc.arrow else ipc.open_stream(body)
+        layout = flat.batch_layout(opened.batch)
+    except (ValueError, RecursionError) as error:
+        # The reader's own words can hold bytes of the message, so they stay here.
         raise WireError("body is not a complete Arrow IPC stream") from error
-    if memoryview(body)[reader.tell() :] != END:
+    if memoryview(body)[opened.end :] != END:
         raise WireError("record batch is not followed by the end of the stream and nothing else")
+    names = opened.names
     if names not in (["features"], ["features", "scale"]):
         raise WireError(f"message has {len(names)} columns, expected features, or with int8 scale")
-    tensor = schema.field(0).type
-    dtype, shape = _tensor_type(tensor)
+    dtype, shape = _tensor_type(opened.tensor)
     if (dtype == "int8") != (len(names) == 2):
         raise WireError(f"a scale column belongs to int8 features, and to them only, got {dtype}")
-    if len(names) == 2 and schema.field(1).type != pa.float32():
+    if len(names) == 2 and opened.second != "float32":
         raise WireError("column scale has the wrong type, expected float32")
     if layout.rows > max_rows:
         raise _too_many(layout.rows, max_rows)
@@ -220,18 +211,63 @@ def _parse(body: Buffer, *, max_bytes: int, max_rows: int) -> _Parsed:
     expected = [layout.rows, layout.rows * size, layout.rows][: len(names) + 1]
     if list(layout.nodes) != [(length, 0) for length in expected] or layout.rows < 0:
         raise WireError("columns disagree about the number of rows, or hold nulls")
-    buffers = _buffers(second.body, layout, max_bytes)
+    buffers = _buffers(opened.body, layout, max_bytes)
     if len(buffers) != (3 if len(names) == 1 else 5):
         raise WireError(f"record batch has {len(buffers)} buffers, expected 3, or 5 with int8")
     features = _values(buffers[2], dtype, layout.rows * size).reshape(layout.rows, *shape)
     scale = _values(buffers[4], "float32", layout.rows) if len(names) == 2 else None
-    metadata = _strings(schema.metadata)
+    metadata = _strings(opened.metadata)
     if layout.codec is not None:
         return _Parsed(features, scale, metadata, None, 0, 0, None)
-    body_at = reader.tell() - second.body.size
+    body_at = opened.end - opened.body.nbytes
     at = [body_at + offset for offset, _ in layout.buffers]
     scale_at = None if scale is None else at[4]
-    return _Parsed(features, scale, metadata, header, body_at, at[2], scale_at)
+    return _Parsed(features, scale, metadata, opened.header, body_at, at[2], scale_at)
+
+
+def _open(body: Buffer) -> ipc.Opened:
+    """:func:`datamix.ipc.open_stream` by pyarrow.
+
+    Raises:
+        ValueError: pyarrow finds something else.
+    """
+    pa = ipc.arrow
+    reader = pa.BufferReader(body)
+    try:
+        first = pa.ipc.read_message(reader)
+        header = first.metadata.to_pybytes()
+        if first.type != "schema" or not flat.is_little_endian(header):
+            raise ValueError("no little-endian schema")
+        schema = pa.ipc.read_schema(first)
+        names = schema.names  # raises where a name is not UTF-8
+        second = pa.ipc.read_message(reader)
+        if second.type != "record batch":
+            raise ValueError("no record batch")
+        tensor = _arrow_tensor(schema.field(0).type) if names else None
+        other = str(schema.field(1).type) if len(names) > 1 else None
+        return ipc.Opened(
+            header,
+            names,
+            tensor,
+            _NAMES.get(other) if other else None,
+            schema.metadata or {},
+            second.metadata.to_pybytes(),
+            memoryview(second.body),
+            reader.tell(),
+        )
+    except (pa.ArrowException, OSError, EOFError, KeyError, TypeError) as error:
+        raise ValueError("pyarrow refuses") from error
+
+
+# What pyarrow calls our value types.
+_NAMES = {"halffloat": "float16", "float": "float32", "int8": "int8"}
+
+
+def _arrow_tensor(kind: Any) -> ipc.Tensor | None:
+    if not isinstance(kind, ipc.arrow.FixedShapeTensorType):
+        return None
+    order = None if kind.permutation is None else tuple(kind.permutation)
+    return ipc.Tensor(_NAMES.get(str(kind.value_type), "other"), tuple(kind.shape), order)
 
 
 def _strings_at(header: bytes, body: Buffer, metadata: Values) -> list[tuple[str, int, int]] | None:
@@ -252,28 +288,25 @@ def _strings_at(header: bytes, body: Buffer, metadata: Values) -> list[tuple[str
     return strings
 
 
-def _tensor_type(tensor: pa.DataType) -> tuple[Dtype, tuple[int, ...]]:
+def _tensor_type(tensor: ipc.Tensor | None) -> tuple[Dtype, tuple[int, ...]]:
     """Value type and shape of the features column."""
-    if not isinstance(tensor, pa.FixedShapeTensorType):
+    if tensor is None:
         raise WireError("column features has the wrong type, expected arrow.fixed_shape_tensor")
-    dtype = {"halffloat": "float16", "float": "float32", "int8": "int8"}.get(str(tensor.value_type))
-    if dtype is None:
+    dtype, shape, order = tensor
+    if dtype not in DTYPES:
         # The type's own words may hold anything: a struct has names that the sender chose.
         raise WireError(f"features have the wrong value type, expected one of {', '.join(DTYPES)}")
-    order = tensor.permutation
-    if order is not None and list(order) != list(range(len(order))):
+    if order is not None and order != tuple(range(len(order))):
         raise WireError("features are permuted, expected row-major tensors")
-    shape = tuple(tensor.shape)
     if not 1 <= len(shape) <= _MAX_DIMENSIONS:
         raise WireError(f"rows have {len(shape)} dimensions, expected 1 to {_MAX_DIMENSIONS}")
     if min(shape) < 1:
         raise WireError(f"features have rows of shape {shape}, expected positive sizes")
-    return cast(Dtype, dtype), shape
+    return dtype, shape
 
 
-def _buffers(body: pa.Buffer, layout: flat.BatchLayout, max_bytes: int) -> list[Any]:
+def _buffers(view: memoryview, layout: flat.BatchLayout, max_bytes: int) -> list[Any]:
     """The body's buffers, inflated only after their declared sizes were found to be in bounds."""
-    view = memoryview(body)
     pieces = []
     for offset, length in layout.buffers:
         if offset < 0 or length < 0 or offset + length > len(view):
@@ -281,6 +314,8 @@ def _buffers(body: pa.Buffer, layout: flat.BatchLayout, max_bytes: int) -> list[
         pieces.append(view[offset : offset + length])
     if layout.codec is None:
         return pieces
+    if ipc.arrow is None:
+        raise WireError("message is compressed, which takes pyarrow to read")
     # Compressed: each buffer that is not empty starts with its inflated size, -1 for "stored".
     sizes = [int.from_bytes(p[:8], "little", signed=True) if len(p) >= 8 else 0 for p in pieces]
     if sum(max(size, 0) for size in sizes) > max_bytes:
@@ -290,14 +325,15 @@ def _buffers(body: pa.Buffer, layout: flat.BatchLayout, max_bytes: int) -> list[
             piece[8:] if size == -1 else _inflate(piece[8:], layout.codec, size) if size else b""
             for piece, size in zip(pieces, sizes, strict=True)
         ]
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (ipc.arrow.ArrowException, OSError, ValueError) as error:
         raise WireError(f"a buffer does not inflate as {layout.codec}") from error
 
 
-def _inflate(piece: memoryview, codec: str, size: int) -> pa.Buffer:
+def _inflate(piece: memoryview, codec: str, size: int) -> Any:
     """``piece`` inflated to exactly ``size`` bytes; anything else raises."""
     if size < 0:
         raise ValueError("negative size")
+    pa = ipc.arrow
     if codec == "zstd":
         return pa.Codec("zstd").decompress(piece, decompressed_size=size)
     # Not pa.Codec: where an lz4 frame holds less than declared, it leaves the rest of the buffer as

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
+from datamix import flat
 from datamix.errors import NonFinite, WireError
 from datamix.framing import DTYPE_OF, Array, Buffer, Template, Values, frame, template
 from datamix.framing import DTYPES as DTYPES  # part of this module's interface
@@ -476,8 +476,10 @@ def peek_request_id(body: Buffer) -> str:
     An error on a stream must name the request it answers, even if that request's columns are bad.
     """
     try:
-        schema = pa.ipc.read_schema(pa.BufferReader(body))
-        value = (schema.metadata or {}).get(b"datamix.request_id", b"-").decode()
-    except (pa.ArrowException, OSError, EOFError, ValueError, KeyError, TypeError):
+        size = int.from_bytes(body[4:8], "little")
+        header = bytes(body[8 : 8 + size])
+        spans = {key: span for key, *span in flat.metadata_values(header)}
+        value = header[slice(*spans[b"datamix.request_id"])].decode()
+    except (ValueError, KeyError):
         return "-"
     return value if _NAME.match(value) else "-"

@@ -125,7 +125,8 @@ class Client:
 
         Args:
             url: base URL of the cloud, ``http(s)://host:port``, or a transport of one's own.
-            bundle: folder or URI of the bundle (manifest and device weights are read), or a device.
+            bundle: folder or URI of the bundle (manifest and device weights are read, and run by
+                onnxruntime or torch), or a device; see :func:`edge.device.open_device`.
             transport: which transport to use with a URL.
             mode: what leaves the device; None for the mode that the bundle was made for.
             token: bearer token, where the cloud wants one.
@@ -139,9 +140,9 @@ class Client:
                 authorities is none.
         """
         if isinstance(bundle, str | os.PathLike):
-            from edge.runtime import TorchDevice  # torch is only paid for where it is used
+            from edge.device import open_device  # a fleet's clients bring devices of their own
 
-            bundle = TorchDevice(Path(bundle) if isinstance(bundle, os.PathLike) else bundle)
+            bundle = open_device(Path(bundle) if isinstance(bundle, os.PathLike) else bundle)
         self.device: Device = bundle
         manifest = self.device.manifest
         if mode is not None and mode != manifest.mode:

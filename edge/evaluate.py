@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Evaluation:
         group_size: K.
         rounds: trips to the cloud per inference.
         mode: which one the bundle was trained for.
+        accuracy_by_class: of the mixed network, for each class that has inputs.
     """
 
     accuracy_unmixed: float
@@ -49,6 +50,7 @@ class Evaluation:
     group_size: int
     rounds: int
     mode: str
+    accuracy_by_class: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``json.dumps``."""
@@ -58,7 +60,7 @@ class Evaluation:
 def table(found: Evaluation) -> str:
     """Plain lines for a terminal."""
     edge_only = found.accuracy_edge_only
-    lines = (
+    lines: tuple[tuple[str, str], ...] = (
         ("inputs", f"{found.n}"),
         ("mode, group size, rounds", f"{found.mode}, {found.group_size}, {found.rounds}"),
         ("accuracy unmixed", f"{found.accuracy_unmixed:.2%}"),
@@ -70,6 +72,7 @@ def table(found: Evaluation) -> str:
         ("FLOPs on the edge", f"{found.edge_flops_share:.1%}"),
         ("FLOPs on the edge, linear blocks collapsed", f"{found.edge_flops_share_collapsed:.1%}"),
     )
+    lines += tuple((f"  {name}", f"{share:.2%}") for name, share in found.accuracy_by_class.items())
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in lines)
 
@@ -92,7 +95,8 @@ def evaluate(bundle: str | Path, data: Dataset, *, threads: int = 1, seed: int =
     if data.class_names != manifest.class_names:
         raise ConfigError(f"the classes of {data.name} are not those of {manifest.name}")
     order = np.random.default_rng(seed).permutation(len(data))
-    right_unmixed = right_mixed = 0
+    right_unmixed = 0
+    right, there = (np.zeros(len(data.class_names), np.int64) for _ in range(2))
     step = _CHUNK // manifest.group_size * manifest.group_size or manifest.group_size
     for start in range(0, len(order), step):
         chosen = order[start : start + step]
@@ -103,14 +107,15 @@ def evaluate(bundle: str | Path, data: Dataset, *, threads: int = 1, seed: int =
         unmixed = _unmixed(device, blocks, features)[: len(chosen)]
         mixed = _mixed(device, blocks, features)[: len(chosen)]
         right_unmixed += int((unmixed.argmax(1) == labels).sum())
-        right_mixed += int((mixed.argmax(1) == labels).sum())
+        right += np.bincount(labels[mixed.argmax(1) == labels], minlength=len(right))
+        there += np.bincount(labels, minlength=len(there))
     spec = manifest.architecture
     with torch.device("meta"):
         model = build(Architecture(spec.name, spec.options))
     flops = count_flops(model, group_size=manifest.group_size)
     return Evaluation(
         accuracy_unmixed=right_unmixed / len(data),
-        accuracy_mixed=right_mixed / len(data),
+        accuracy_mixed=int(right.sum()) / len(data),
         accuracy_edge_only=manifest.metrics.get("accuracy_edge_only"),
         edge_flops_share=flops.edge_share,
         edge_flops_share_collapsed=flops.edge_share_collapsed,
@@ -118,6 +123,11 @@ def evaluate(bundle: str | Path, data: Dataset, *, threads: int = 1, seed: int =
         group_size=manifest.group_size,
         rounds=len(manifest.blocks),
         mode=manifest.mode,
+        accuracy_by_class={
+            name: float(right[index] / there[index])
+            for index, name in enumerate(data.class_names)
+            if there[index]
+        },
     )
 
 

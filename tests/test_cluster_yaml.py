@@ -182,7 +182,7 @@ def test_the_cloud_gets_neither_device_code_nor_device_weights(config: dict[str,
     sources = set(config["file_mounts"].values())
     assert sources == {"./datamix", "./deployments", "./bundles", "./constraints.txt"}
     assert all((ROOT / source).exists() for source in sources)
-    assert "device.safetensors" in config["rsync_exclude"]
+    assert {"device.safetensors", "*.onnx"} <= set(config["rsync_exclude"])
 
 
 def test_the_dashboard_listens_on_loopback_only(config: dict[str, Any]) -> None:

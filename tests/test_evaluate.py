@@ -86,6 +86,10 @@ def test_it_counts_right_answers_on_both_ways(
         found = evaluate(save(tmp_path / str(n), model, data, accuracy_edge_only=0.25), data)
         assert found.accuracy_unmixed == pytest.approx(right)
         assert found.accuracy_mixed == pytest.approx(right)
+        by_class = found.accuracy_by_class
+        names = [data.class_names[label] for label in data.labels]
+        assert set(by_class) == set(names)
+        assert np.mean([by_class[name] for name in names]) == pytest.approx(right)
         assert (found.n, found.group_size, found.rounds, found.mode) == (n, 4, 2, "mix")
         assert found.accuracy_edge_only == 0.25
         flops = count_flops(model, group_size=4)
@@ -113,13 +117,22 @@ def test_other_classes_are_refused(tmp_path: Path, model: SplitModel, relabelled
 
 
 def test_json_and_table_name_every_figure() -> None:
-    found = Evaluation(0.9, 0.89, None, 0.129, 0.2, 1000, 4, 2, "mix")
+    found = Evaluation(0.9, 0.89, None, 0.129, 0.2, 1000, 4, 2, "mix", {"Coat": 0.77})
     fields = json.loads(json.dumps(found.to_json()))
     assert fields.keys() >= {
         "accuracy_unmixed", "accuracy_mixed", "accuracy_edge_only", "edge_flops_share"
     }  # fmt: skip
     text = table(found)
-    for figure in ("90.00%", "89.00%", "not recorded", "12.9%", "20.0%", "mix, 4, 2"):
+    for figure in (
+        "90.00%",
+        "89.00%",
+        "not recorded",
+        "12.9%",
+        "20.0%",
+        "mix, 4, 2",
+        "Coat",
+        "77.00%",
+    ):
         assert figure in text
     assert "recorded at training" in text
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -164,11 +163,12 @@ def test_the_reach_is_what_a_gradient_sees(layers: list[nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_the_reach_of_convnet_is_the_one_it_states(depth: int) -> None:
-    block: Any = build(Architecture("convnet", {"depth": depth})).blocks[0]
+def test_the_reach_of_convnet_is_known(depth: int) -> None:
+    block = build(Architecture("convnet", {"depth": depth})).blocks[0]
     found = trace(block, (16, 14, 14)).reach
     assert found is not None
-    assert found.kernel == (block.collapsed_kernel, block.collapsed_kernel)
+    # Each 3x3 after the entry is two of the output's places more, two of the input's each.
+    assert found.kernel == (3 + 8 * depth, 3 + 8 * depth)
 
 
 @pytest.mark.parametrize(

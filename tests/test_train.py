@@ -1,7 +1,6 @@
 import dataclasses
 import gzip
 import itertools
-import math
 import os
 import signal
 import struct
@@ -12,23 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cluster.cli import main
 from datamix.bundle import load_backbone, load_device, read_manifest
 from datamix.errors import ConfigError
 from datamix.models import Architecture, build
 from edge.data import Dataset, load_sample
-from edge.train import (
-    TrainConfig,
-    augment,
-    measure_tolerance,
-    mixed_logits,
-    one_cycle,
-    stop_on_interrupt,
-    train,
-)
+from edge.fit import stop_on_interrupt
+from edge.settings import TrainConfig
+from edge.train import measure_tolerance, train
 
 SMALL = Architecture("convnet", {"n_blocks": 2, "stem_width": 4, "width": 8, "hidden": 16})
 CONFIG = TrainConfig(architecture=SMALL, epochs=2, batch_size=32, seed=3)
@@ -89,7 +80,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
 def test_a_run_that_mixes_goes_on_bit_for_bit_too(
     tmp_path: Path, training: Dataset, test: Dataset, straight: dict[str, bytes]
 ) -> None:
-    config = dataclasses.replace(CONFIG, mix_in_training=True)
+    config = dataclasses.replace(CONFIG, method="bounded", noise_sigma=0.3)
     train(config, training, test, tmp_path / "straight", report=quiet)
     mixed = continued(config, training, test, tmp_path / "cut", [4])
     assert mixed == files(tmp_path / "straight")
@@ -175,98 +166,6 @@ def test_the_model_learns_and_the_manifest_tells(tmp_path: Path) -> None:
     assert "left" in lines[-1]
 
 
-def test_a_non_linear_model_is_trained_mixed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sample = part_of(load_sample(), 0, 16)
-    colour = np.repeat(np.pad(sample.inputs[:], ((0, 0), (0, 0), (2, 2), (2, 2))), 3, axis=1)
-    spec = sample.preprocessing.model_copy(
-        update={"input_shape": (3, 32, 32), "mean": (0.3,) * 3, "std": (0.4,) * 3}
-    )
-    data = dataclasses.replace(sample, inputs=colour, preprocessing=spec)
-    calls: list[int] = []
-
-    def counted(model: Any, inputs: Any, rng: Any, group_size: int) -> Any:
-        calls.append(group_size)
-        return mixed_logits(model, inputs, rng, group_size)
-
-    monkeypatch.setattr("edge.train.mixed_logits", counted)
-    config = TrainConfig(architecture=Architecture("resnet18"), epochs=1, batch_size=8)
-    manifest = train(config, data, data, tmp_path / "b", report=quiet)
-    assert calls == [4, 4]
-    assert manifest.blocks[0].output_shape == (512, 1, 1)
-    with pytest.raises(ConfigError, match="expected a multiple of group_size 4"):
-        train(dataclasses.replace(config, batch_size=6), data, data, tmp_path / "c", report=quiet)
-
-
-def test_mixing_a_linear_model_changes_nothing_and_another_something() -> None:
-    torch.manual_seed(0)
-    linear = build(SMALL).eval()
-    resnet = build(Architecture("resnet18", {"cut": 3})).eval()
-    rng = np.random.default_rng(0)
-    with torch.inference_mode():
-        x = torch.randn(8, 1, 28, 28)
-        torch.testing.assert_close(mixed_logits(linear, x, rng, 4), linear(x), atol=1e-5, rtol=1e-5)
-        y = torch.randn(8, 3, 32, 32)
-        assert float((mixed_logits(resnet, y, rng, 4) - resnet(y)).abs().max()) > 1e-3
-
-
-def test_gradients_reach_every_parameter_through_the_mixing() -> None:
-    torch.manual_seed(0)
-    model = build(SMALL).train()
-    x = torch.randn(8, 1, 28, 28)
-    torch.autograd.backward(mixed_logits(model, x, np.random.default_rng(0), 4).square().sum())
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert float(parameter.grad.abs().max()) > 0, name
-
-
-@given(total=st.integers(2, 5000), peak=st.floats(1e-5, 1.0))
-def test_one_cycle_rises_to_the_peak_and_falls(total: int, peak: float) -> None:
-    rates = [one_cycle(step, total, peak) for step in range(total)]
-    assert min(rates) > 0
-    assert max(rates) <= peak * (1 + 1e-9)
-    top = max(range(total), key=rates.__getitem__)
-    assert rates[: top + 1] == sorted(rates[: top + 1])
-    assert rates[top:] == sorted(rates[top:], reverse=True)
-
-
-def test_one_cycle_is_torchs() -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    theirs = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=3e-3, total_steps=100, cycle_momentum=False
-    )
-    for step in range(100):
-        assert math.isclose(
-            one_cycle(step, 100, 3e-3), optimizer.param_groups[0]["lr"], rel_tol=1e-6
-        )
-        optimizer.step()
-        if step < 99:
-            theirs.step()
-
-
-def test_augmented_images_are_shifted_or_mirrored_copies() -> None:
-    images = np.random.default_rng(0).integers(1, 256, (64, 1, 6, 7), dtype=np.uint8)
-    config = TrainConfig(shift=1, flip=True)
-    changed = augment(images, np.random.default_rng(1), config)
-    assert changed.shape == images.shape
-    seen = set()
-    for before, now in zip(images, changed, strict=True):
-        padded = {
-            (flip, y, x): np.pad(before[:, :, :: -1 if flip else 1], ((0, 0), (1, 1), (1, 1)))[
-                :, y : y + 6, x : x + 7
-            ]
-            for flip in (False, True)
-            for y in range(3)
-            for x in range(3)
-        }
-        (match,) = [key for key, value in padded.items() if np.array_equal(value, now)]
-        seen.add(match)
-    assert len(seen) > 10
-    still = augment(images, np.random.default_rng(1), TrainConfig(shift=0, flip=False))
-    np.testing.assert_array_equal(still, images)
-
-
 def test_tolerance_covers_what_float16_does(training: Dataset) -> None:
     torch.manual_seed(0)
     model = build(SMALL)
@@ -297,9 +196,8 @@ def test_ctrl_c_asks_first_and_insists_later() -> None:
         ({"group_size": 0}, "group_size is 0"),
         ({"threads": 0}, "threads is 0"),
         ({"peak_rate": float("nan")}, "peak_rate is nan"),
-        ({"shift": 9}, "shift is 9, expected 0 to 8"),
         ({"seed": -1}, "seed is -1"),
-        ({"mix_in_training": True, "batch_size": 6}, "batch_size is 6, expected a multiple"),
+        ({"method": "datamix", "batch_size": 6}, "batch_size is 6, expected a multiple"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], sentence: str) -> None:
@@ -313,10 +211,10 @@ def test_unfit_data_and_folders_are_refused(
     with pytest.raises(ConfigError, match="exists already"):
         train(CONFIG, training, test, tmp_path, report=quiet)
     few = part_of(training, 0, 20)
-    with pytest.raises(ConfigError, match="20 images are fewer than one batch of 32"):
+    with pytest.raises(ConfigError, match="20 inputs are fewer than one batch of 32"):
         train(CONFIG, few, test, tmp_path / "a", report=quiet)
-    resnet = dataclasses.replace(CONFIG, architecture=Architecture("resnet18"))
-    with pytest.raises(ConfigError, match="fashion-mnist has images of"):
+    resnet = dataclasses.replace(CONFIG, architecture=Architecture("resnet18"), method="datamix")
+    with pytest.raises(ConfigError, match="fashion-mnist has inputs of"):
         train(resnet, training, test, tmp_path / "b", report=quiet)
     assert not (tmp_path / "b.training").exists()
 

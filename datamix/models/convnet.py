@@ -24,9 +24,6 @@ class LinearBlock(nn.Sequential):
             for _ in range(depth)
         ]
         super().__init__(conv3x3(inputs, width, stride), ScaleNorm(width), *pairs, ScaleNorm(width))
-        # The whole cascade as one convolution: each 3x3 after the entry widens the kernel by
-        # two of the output's pixels, which are `stride` pixels of the input each.
-        self.collapsed_kernel = 3 + 4 * depth * stride
 
 
 def _convnet_head(shape: tuple[int, int, int], hidden: int, classes: int) -> nn.Sequential:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from datamix.models.collapse import Step, layers_of, least_flops
 from datamix.models.split import Shape, SplitModel
-from datamix.models.trace import Reach, on_meta, trace
+from datamix.models.trace import on_meta, trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,55 +142,20 @@ def values_in(shape: Shape) -> int:
 
 
 def collapsed(block: Part) -> int | None:
-    """The cheapest known way to compute a linear block; None if it isn't linear.
+    """FLOPs of the cheapest known way to compute a linear block; None if it isn't linear.
 
-    A chain of linear layers may be cut into pieces, and each piece costs the least of: layer by
-    layer, one dense matrix, one large convolution. All ways to cut the block are compared. How
-    large a convolution has to be is read off the operations. It is counted as if it were exact;
-    at the borders it isn't quite (zero padding cuts the inner layers too), so this never counts the
-    cloud too high. Low rank is not looked for.
+    Linearity, and how large the convolution has to be that does the same as a layer, are read off
+    the operations that run.
     """
     if trace(block.module, block.input_shape).problem is not None:
         return None
-    links: list[_Link] = []
+    steps: list[Step] = []
     shape = block.input_shape
-    for layer in _layers(block.module):
+    for layer in layers_of(block.module):
         flops, output = _measure(layer, shape)
-        links.append(_Link(shape, output, flops, trace(layer, shape).reach))
+        steps.append(Step(flops, trace(layer, shape).reach, shape, output))
         shape = output
-    best = [0]
-    for end in range(1, len(links) + 1):
-        best.append(min(best[start] + _piece(links[start:end]) for start in range(end)))
-    return best[-1]
-
-
-class _Link(NamedTuple):
-    """One layer of a linear chain."""
-
-    input_shape: Shape
-    output_shape: Shape
-    flops: int
-    reach: Reach | None
-
-
-def _layers(module: nn.Module) -> list[nn.Module]:
-    """The layers of a chain whose order of computation is known; else the module itself."""
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        return [layer for child in module for layer in _layers(child)]
-    return [module]
-
-
-def _piece(links: list[_Link]) -> int:
-    """The least that a piece of a linear chain costs as one."""
-    inputs, outputs = links[0].input_shape, links[-1].output_shape
-    costs = [sum(link.flops for link in links), 2 * values_in(inputs) * values_in(outputs)]
-    reach: Reach | None = Reach()
-    for link in links:
-        reach = None if reach is None or link.reach is None else reach.then(link.reach)
-    if reach is not None:
-        height, width = reach.kernel
-        costs.append(2 * height * width * inputs[0] * values_in(outputs))
-    return min(costs)
+    return least_flops(steps)
 
 
 def block_shapes(model: SplitModel) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:

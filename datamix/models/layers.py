@@ -30,10 +30,12 @@ class ScaleNorm(nn.Module):
         """(n, C, H, W) -> the same shape."""
         square = self.square
         if self.training:
-            square = x.square().mean(dim=(0, 2, 3))
+            # In float32 under autocast, too: the average moves by parts that bfloat16 loses.
+            square = x.float().square().mean(dim=(0, 2, 3))
             with torch.no_grad():
                 self.square.lerp_(square, self.momentum)
-        return x * (self.gain * torch.rsqrt(square + self.eps))[:, None, None]
+        factor = self.gain * torch.rsqrt(square + self.eps)
+        return x * factor.to(x.dtype)[:, None, None]
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
