@@ -14,7 +14,7 @@ from edge.presets import Arm, Preset
 from edge.settings import TrainConfig
 from edge.shipping import ship
 
-SIZES = {"stem_width": 4, "widths": "6,8", "strides": "2,1", "stem_units": 0}
+SIZES: dict[str, int | str] = {"stem_width": 4, "widths": "6,8", "strides": "2,1", "stem_units": 0}
 PRESET = Preset(
     "small",
     "fashion-mnist",
