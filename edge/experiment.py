@@ -168,6 +168,37 @@ def experiment(
     return measured
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """One network of an experiment.
+
+    Attributes:
+        part: the network, in eval mode.
+        fitted: what its training took.
+        config: its settings.
+    """
+
+    part: nn.Module
+    fitted: Fitted
+    config: TrainConfig
+
+
+def trained(preset: Preset, label: str, seed: int, runs: Path) -> Trained:
+    """A network that :func:`experiment` kept in ``runs``: the first one of arm ``label``.
+
+    Raises:
+        ConfigError: it isn't there, or there is no such arm.
+    """
+    job = next(job for job in jobs(preset, [seed], [label]) if job.arm.label == label)
+    kept = _Kept(runs / preset.name, job)
+    if not kept.exists:
+        raise ConfigError(
+            f"{runs} holds no training of {label} with seed {seed}, expected what"
+            f" `datamix experiment {preset.name} --arms {label} --seeds {seed}` leaves there"
+        )
+    return Trained(*kept.read(), job.config)
+
+
 def _titled(report: Report, title: str, line: str) -> None:
     report(f"{title}: {line}")
 
@@ -199,12 +230,16 @@ class _Kept:
                 return
             yield True
 
+    def read(self) -> tuple[nn.Module, Fitted]:
+        """The network and what its training took."""
+        return load(self.weights), Fitted.from_json(json.loads(self._fitted.read_text()))
+
     def trained(
         self, config: TrainConfig, training: Dataset, *, report: Report, stop: Callable[[], bool]
     ) -> tuple[nn.Module, Fitted]:
         """The trained network: as it was kept, or trained now and kept."""
         if self.exists:
-            return load(self.weights), Fitted.from_json(json.loads(self._fitted.read_text()))
+            return self.read()
         part, fitted = fit_method(config, training, self._checkpoint, report=report, stop=stop)
         keep(self.weights, part, config.method, config.architecture)
         temporary = self._fitted.with_suffix(".tmp")

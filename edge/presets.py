@@ -82,6 +82,7 @@ def _arms(widths: str) -> tuple[Arm, ...]:
         Arm("unmixed", "unmixed", options=deep),
         Arm("edge-only", "edge-only"),
         Arm("linear", "linear", _ALL_SIZES),
+        Arm("linear-taught", "linear", teacher="unmixed"),
         Arm("linear-laws", "linear", (8,), ("gaussian", "dirichlet", "diagonal-dominant")),
         Arm("linear-one-round", "linear", (4, 8), options={"rounds": 1}),
         Arm("datamix", "datamix", _PAPERS_SIZES, options=deep),

@@ -108,7 +108,9 @@ def train(
         return None
     edge_accuracy = accuracy(baseline, test, on_cpu(config), None)
     assert isinstance(model, SplitModel)  # every method that is used on mixtures has a cloud
-    manifest = _save(config, model, training, test, output, edge_accuracy, fitted, edge_fitted)
+    manifest = save_trained(
+        config, model, training, test, output, edge_accuracy, fitted, edge_fitted
+    )
     shutil.rmtree(checkpoints)
     return manifest
 
@@ -149,7 +151,7 @@ def measure_tolerance(model: SplitModel, data: Dataset, group_size: int, seed: i
     return min(1.0, max(1e-6, 2 * worst))
 
 
-def _save(
+def save_trained(
     config: TrainConfig,
     model: SplitModel,
     training: Dataset,
@@ -159,7 +161,18 @@ def _save(
     fitted: Fitted,
     edge_fitted: Fitted,
 ) -> Manifest:
-    """Save a draft, evaluate it from disk as anybody would, save the bundle with the figures."""
+    """Save a draft, evaluate it from disk as anybody would, save the bundle with the figures.
+
+    Args:
+        config: settings of the training.
+        model: what it trained.
+        training: what it learnt from.
+        test: inputs to measure with.
+        output: the bundle's new folder.
+        edge_accuracy: of the edge-only baseline.
+        fitted: what the training took.
+        edge_fitted: what the baseline's took.
+    """
     flops = count_flops(model, group_size=config.group_size)
     metrics = {
         "accuracy_edge_only": edge_accuracy,

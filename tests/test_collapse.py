@@ -3,15 +3,15 @@
 import itertools
 import math
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from datamix.models import Architecture, ScaleNorm, build, count_flops
-from datamix.models.collapse import Step, Window, least_flops, window
+from datamix.models.collapse import Step, layers_of, least_flops
 from datamix.models.layers import Residual, conv3x3
+from datamix.models.trace import Reach, trace
 
 
 def receptive_field(block: nn.Module) -> int:
@@ -30,31 +30,36 @@ def receptive_field(block: nn.Module) -> int:
 
 @settings(max_examples=20, deadline=None)
 @given(strides=st.lists(st.integers(1, 2), min_size=1, max_size=4), residual=st.booleans())
-def test_a_window_is_the_receptive_field(strides: list[int], residual: bool) -> None:
+def test_a_reach_is_the_receptive_field(strides: list[int], residual: bool) -> None:
     layers: list[nn.Module] = []
     for stride in strides:
         layers += [conv3x3(1, 1, stride), ScaleNorm(1)]
     if residual:
         layers.append(Residual(conv3x3(1, 1), ScaleNorm(1), conv3x3(1, 1)))
     block = nn.Sequential(*layers)
-    found = window(block)
+    found = trace(block, (1, 192, 192)).reach
     assert found is not None
-    assert found.kernel == receptive_field(block)
-    assert found.stride == math.prod(strides)
+    side, stride = receptive_field(block), math.prod(strides)
+    assert found.kernel == (side, side)
+    assert found.step == (stride, stride)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.ReLU(),
-        nn.Conv2d(1, 1, (3, 1)),
-        nn.Conv2d(1, 1, 3, dilation=2),
-        Residual(conv3x3(1, 1), nn.ReLU()),
-        nn.Sequential(conv3x3(1, 1), nn.BatchNorm2d(1)),
-    ],
-)
-def test_what_is_no_square_convolution_has_no_window(layer: nn.Module) -> None:
-    assert window(layer) is None
+def test_layers_are_those_of_chains_whose_order_is_known() -> None:
+    class Backwards(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for part in reversed(list(self)):
+                x = part(x)
+            return x
+
+    inner, odd, residual = conv3x3(1, 1), Backwards(nn.ReLU()), Residual(conv3x3(1, 1))
+    chain = nn.Sequential(nn.Sequential(inner, nn.Sequential(odd)), residual)
+    assert layers_of(chain) == [inner, odd, residual]
+    assert layers_of(residual) == [residual]
+
+
+def reach(kernel: int, stride: int) -> Reach:
+    """Of a square convolution without padding."""
+    return Reach((stride, stride), high=(kernel - 1, kernel - 1))
 
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))
@@ -67,7 +72,7 @@ def test_the_least_cost_is_that_of_the_best_way_to_part_the_chain(data: st.DataO
     steps = [
         Step(
             data.draw(st.integers(0, 3000)),
-            data.draw(st.none() | st.builds(Window, st.integers(1, 5), st.integers(1, 2))),
+            data.draw(st.none() | st.builds(reach, st.integers(1, 5), st.integers(1, 2))),
             shapes[i],
             shapes[i + 1],
         )
@@ -78,12 +83,12 @@ def test_the_least_cost_is_that_of_the_best_way_to_part_the_chain(data: st.DataO
         inside = steps[start:end]
         outputs = math.prod(shapes[end])
         ways = [sum(step.flops for step in inside), 2 * math.prod(shapes[start]) * outputs]
-        windows = [step.window for step in inside]
-        known = [w for w in windows if w is not None]
-        if len(known) == len(windows):
+        reaches = [step.reach for step in inside]
+        known = [one for one in reaches if one is not None]
+        if len(known) == len(reaches):
             kernel, stride = 1, 1
             for one in known:
-                kernel, stride = kernel + (one.kernel - 1) * stride, stride * one.stride
+                kernel, stride = kernel + (one.kernel[0] - 1) * stride, stride * one.step[0]
             ways.append(2 * kernel**2 * shapes[start][0] * outputs)
         return min(ways)
 

@@ -187,14 +187,17 @@ def test_a_deep_cascade_is_collapsed_in_the_honest_count() -> None:
 @pytest.mark.parametrize(
     ("architecture", "sentence"),
     [
-        (Architecture("vgg"), "architecture is 'vgg', expected 'bridgenet'"),
+        (Architecture("vgg"), "architecture is 'vgg', expected one of 'audionet', 'bridgenet'"),
         (Architecture("convnet", {"n_blocks": 5}), "n_blocks is 5, expected an integer from 1"),
         (Architecture("convnet", {"width": 10**12}), "width is 1000000000000, expected"),
         (Architecture("convnet", {"width": "64"}), "width is '64', expected an integer"),
         (Architecture("convnet", {"width": True}), "width is True, expected an integer"),
         (Architecture("convnet", {"colour": 1}), "unknown option 'colour'"),
         (Architecture("resnet18", {"cut": 4}), "cut is 4, expected an integer from 0 to 3"),
-        (Architecture("resnet18", {"image_size": 64}), "image_size is 64, expected 32 or 224"),
+        (
+            Architecture("resnet18", {"image_size": 8}),
+            "image_size is 8, expected an integer from 16",
+        ),
     ],
 )
 def test_bad_architectures_are_refused(architecture: Architecture, sentence: str) -> None:

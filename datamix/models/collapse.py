@@ -13,25 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from datamix.models.layers import Residual, ScaleNorm
 from datamix.models.split import Shape
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """What a layer is, seen as one convolution.
-
-    Attributes:
-        kernel: its side.
-        stride: of its places.
-    """
-
-    kernel: int
-    stride: int
-
-    def then(self, other: Window) -> Window:
-        """Both layers as one: the second one's window counts in the first one's places."""
-        return Window(self.kernel + (other.kernel - 1) * self.stride, self.stride * other.stride)
+from datamix.models.trace import Reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,37 +23,23 @@ class Step:
 
     Attributes:
         flops: computed as it is.
-        window: see :class:`Window`; None where it is no convolution.
+        reach: of what it gives (:class:`datamix.models.trace.Reach`); None where it is no
+            convolution.
         inputs: shape of what it takes.
         outputs: shape of what it gives.
     """
 
     flops: int
-    window: Window | None
+    reach: Reach | None
     inputs: Shape
     outputs: Shape
 
 
-def window(layer: nn.Module) -> Window | None:
-    """What ``layer`` is as one convolution; None if it is none that we know."""
-    match layer:
-        case nn.Conv2d(kernel_size=(side, other), stride=(down, right), dilation=(1, 1)):
-            return Window(side, down) if side == other and down == right else None
-        case ScaleNorm() | nn.Identity():
-            return Window(1, 1)
-        case Residual():
-            inner = window(layer.inner)
-            # The shortcut is a window of one place, which the inner layers' holds.
-            return inner if inner is not None and inner.stride == 1 else None
-        case nn.Sequential():
-            whole = Window(1, 1)
-            for part in layer:
-                found = window(part)
-                if found is None:
-                    return None
-                whole = whole.then(found)
-            return whole
-    return None
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """The layers of a chain whose order of computation is known; else the module itself."""
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        return [layer for child in module for layer in layers_of(child)]
+    return [module]
 
 
 def least_flops(steps: Sequence[Step]) -> int:
@@ -89,9 +58,9 @@ def _stretch(steps: Sequence[Step]) -> int:
     """
     inputs, outputs = steps[0].inputs, math.prod(steps[-1].outputs)
     costs = [sum(step.flops for step in steps), 2 * math.prod(inputs) * outputs]
-    whole: Window | None = Window(1, 1)
+    whole: Reach | None = Reach()
     for step in steps:
-        whole = whole.then(step.window) if whole and step.window else None
+        whole = whole.then(step.reach) if whole and step.reach else None
     if whole is not None:
-        costs.append(2 * whole.kernel**2 * inputs[0] * outputs)
+        costs.append(2 * math.prod(whole.kernel) * inputs[0] * outputs)
     return min(costs)

@@ -1,144 +1,233 @@
-"""What each part of a split model costs: shapes and FLOPs, computed and never typed in."""
+"""What each part of a split model costs: parameters, FLOPs, activations, bytes on the wire."""
 
 from __future__ import annotations
 
-from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
-from datamix.models.collapse import Step, least_flops, window
+from datamix.errors import ConfigError
+from datamix.framing import DTYPES, Dtype
+from datamix.models.flops import Part, collapsed, parts_of, values_in
+from datamix.models.memory import peak_values
 from datamix.models.split import Shape, SplitModel
+
+_SCALE_BYTES = 4  # of one float32 per row, with int8
+_VALUE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "int8": 1}
 
 
 @dataclass(frozen=True, slots=True)
-class Flops:
-    """FLOPs per input, two per multiply-add.
+class PartCosts:
+    """One part, for one input.
 
     Attributes:
-        stem: the device's front part.
-        blocks: the cloud's part, one number per round, run layer by layer (the cascade).
-        bridges: the device's steps between the rounds.
-        head: the device's back part.
-        collapsed_blocks: the cheapest known way to compute each block; None where it isn't linear.
-        mixing: mix and de-mix in every round, for the group size given to :func:`count_flops`.
+        name: ``stem``, ``block 0``, ``bridge 0`` ... ``head``, in the order of computation.
+        side: who runs it.
+        parameters: learned values.
+        flops: two per multiply-add, layer by layer.
+        flops_collapsed: the cheapest known way to compute a linear block; None for other parts.
+        output_shape: of what it gives.
+        output_values: how many values that is.
+        peak_values: the most values alive at once, as torch runs it; its input included.
     """
 
-    stem: int
-    blocks: tuple[int, ...]
-    bridges: tuple[int, ...]
-    head: int
-    collapsed_blocks: tuple[int | None, ...]
-    mixing: int = 0
+    name: str
+    side: Literal["device", "cloud"]
+    parameters: int
+    flops: int
+    flops_collapsed: int | None
+    output_shape: Shape
+    output_values: int
+    peak_values: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundCosts:
+    """One trip to the cloud, for one input: rows and scales; the messages' framing is left out.
+
+    Attributes:
+        block: which block answers.
+        bytes_up: from the device.
+        bytes_down: to the device.
+    """
+
+    block: int
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """A split model's costs per input. A group sends one row per input, so K times the bytes.
+
+    Attributes:
+        parts: in the order of computation.
+        rounds: one per block.
+        mixing_flops: mix and de-mix on the device, in all rounds.
+        group_size: K, with which ``mixing_flops`` grows; 0 leaves it out.
+        wire_dtype: of the values on the wire.
+    """
+
+    parts: tuple[PartCosts, ...]
+    rounds: tuple[RoundCosts, ...]
+    mixing_flops: int
+    group_size: int
+    wire_dtype: Dtype
 
     @property
-    def edge(self) -> int:
-        """What the device computes."""
-        return self.stem + sum(self.bridges) + self.head + self.mixing
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return sum(part.parameters for part in self.parts)
 
     @property
-    def cloud(self) -> int:
+    def device_flops(self) -> int:
+        """What the device computes, mixing included."""
+        return self.mixing_flops + sum(part.flops for part in self.parts if part.side == "device")
+
+    @property
+    def cloud_flops(self) -> int:
         """What the cloud computes, layer by layer."""
-        return sum(self.blocks)
+        return sum(part.flops for part in self.parts if part.side == "cloud")
 
     @property
-    def edge_share(self) -> float:
+    def cloud_flops_collapsed(self) -> int:
+        """What the cloud would have to compute at least, as far as is known."""
+        return sum(
+            part.flops if part.flops_collapsed is None else part.flops_collapsed
+            for part in self.parts
+            if part.side == "cloud"
+        )
+
+    @property
+    def device_share(self) -> float:
         """The device's share of all FLOPs, 0 to 1."""
-        return self.edge / (self.edge + self.cloud)
+        return self.device_flops / (self.device_flops + self.cloud_flops)
 
     @property
-    def edge_share_collapsed(self) -> float:
+    def device_share_collapsed(self) -> float:
         """The same against collapsed blocks: a cascade of linear layers flatters the cloud."""
-        pairs = zip(self.blocks, self.collapsed_blocks, strict=True)
-        cloud = sum(cascade if least is None else least for cascade, least in pairs)
-        return self.edge / (self.edge + cloud)
+        return self.device_flops / (self.device_flops + self.cloud_flops_collapsed)
+
+    @property
+    def bytes_up(self) -> int:
+        """From the device per input, all rounds."""
+        return sum(one.bytes_up for one in self.rounds)
+
+    @property
+    def bytes_down(self) -> int:
+        """To the device per input, all rounds."""
+        return sum(one.bytes_down for one in self.rounds)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: the fields and the totals."""
+        totals = (
+            *("parameters", "device_flops", "cloud_flops", "cloud_flops_collapsed"),
+            *("device_share", "device_share_collapsed", "bytes_up", "bytes_down"),
+        )
+        return asdict(self) | {name: getattr(self, name) for name in totals}
+
+    def table(self) -> str:
+        """Plain lines for a terminal."""
+        rows = [
+            ("part", "side", "parameters", "FLOPs", "collapsed", "output", "values", "peak"),
+            *(_row(part) for part in self.parts),
+        ]
+        lines = _aligned(rows, left=2)
+        trips: list[tuple[str, ...]] = [("round", "bytes up", "bytes down")]
+        trips += [
+            (str(one.block), f"{one.bytes_up:,}", f"{one.bytes_down:,}") for one in self.rounds
+        ]
+        trips.append(("all", f"{self.bytes_up:,}", f"{self.bytes_down:,}"))
+        return "\n".join(
+            [
+                *lines,
+                "",
+                *_aligned(trips, left=1),
+                "",
+                f"per input, {self.wire_dtype} on the wire, framing left out; "
+                f"mixing with K = {self.group_size}: {self.mixing_flops:,} FLOPs on the device",
+                f"device: {self.device_share:.2%} of {self.device_flops + self.cloud_flops:,} "
+                f"FLOPs, {self.device_share_collapsed:.2%} with linear blocks collapsed; "
+                f"{self.parameters:,} parameters in all",
+            ]
+        )
 
 
-def _norm_flops(shape: Shape, *_: Any, **__: Any) -> int:
-    """One multiply-add per value: in eval mode a batch norm is one factor and one offset."""
-    return 2 * int(torch.Size(shape).numel())
+def costs(model: SplitModel, *, group_size: int = 0, wire_dtype: Dtype = "float16") -> Costs:
+    """Compute what a model costs, by running its parts on the meta device.
 
+    What is counted as a FLOP: :func:`datamix.models.flops.count_flops`.
 
-def _measure(part: nn.Module, shape: Shape) -> tuple[int, Shape]:
-    """FLOPs and output shape of one part for one input of ``shape``, all on the meta device."""
-    norm = torch.ops.aten.native_batch_norm
-    # The packet is counted; naming the overload too keeps torch from decomposing it before that.
-    counter = FlopCounterMode(
-        display=False, custom_mapping={norm: _norm_flops, norm.default: _norm_flops}
-    )
-    with torch.no_grad(), counter:
-        output = part(torch.empty((1, *shape), device="meta"))
-    return int(counter.get_total_flops()), tuple(output.shape[1:])
+    Args:
+        model: on any device; its values don't matter.
+        group_size: K, for the FLOPs of mixing and de-mixing; 0 leaves them out.
+        wire_dtype: ``float32``, ``float16`` or ``int8``.
 
-
-def _on_meta(part: nn.Module) -> nn.Module:
-    """A copy in eval mode that holds shapes and no values."""
-    return deepcopy(part).to("meta").eval()
-
-
-def count_flops(model: SplitModel, *, group_size: int = 0) -> Flops:
-    """Count FLOPs per input by running each part on the meta device.
-
-    Convolutions and matrix products are counted by ``torch.utils.flop_counter``, batch norms as
-    one multiply-add per value. Activations, pooling and the factors of :class:`ScaleNorm` (they
-    fold into the convolutions) are not counted. ``group_size`` K adds the device's 2 K FLOPs per
-    value that is mixed or de-mixed; 0 leaves mixing out.
+    Raises:
+        ConfigError: another ``wire_dtype``, or ``group_size`` below 0.
     """
-    stem, shape = _measure(_on_meta(model.stem), model.input_shape)
-    blocks: list[int] = []
-    collapsed: list[int | None] = []
-    bridges: list[int] = []
-    values = 0
-    for index, block in enumerate(model.blocks):
-        if index:
-            cost, shape = _measure(_on_meta(model.bridges[index - 1]), shape)
-            bridges.append(cost)
-        cascade, output = _measure(_on_meta(block), shape)
-        blocks.append(cascade)
-        collapsed.append(_collapsed(block, shape) if model.linear else None)
-        values += _numel(shape) + _numel(output)
-        shape = output
-    head, _ = _measure(_on_meta(model.head), shape)
-    return Flops(
-        stem,
-        tuple(blocks),
-        tuple(bridges),
-        head,
-        tuple(collapsed),
-        mixing=2 * group_size * values,
+    if wire_dtype not in DTYPES:
+        raise ConfigError(f"wire_dtype is {wire_dtype!r}, expected one of {tuple(DTYPES)}")
+    if group_size < 0:
+        raise ConfigError(f"group_size is {group_size}, expected at least 0")
+    parts = parts_of(model)
+    blocks = [part for part in parts if not part.on_device]
+    values = sum(values_in(one.input_shape) + values_in(one.output_shape) for one in blocks)
+    return Costs(
+        tuple(_part_costs(part) for part in parts),
+        tuple(
+            RoundCosts(
+                index,
+                row_bytes(block.input_shape, wire_dtype),
+                row_bytes(block.output_shape, wire_dtype),
+            )
+            for index, block in enumerate(blocks)
+        ),
+        mixing_flops=2 * group_size * values,
+        group_size=group_size,
+        wire_dtype=wire_dtype,
     )
 
 
-def _numel(shape: Shape) -> int:
-    return int(torch.Size(shape).numel())
+def row_bytes(shape: Shape, wire_dtype: Dtype) -> int:
+    """Bytes of one row on the wire, its scale included, framing left out."""
+    scale = _SCALE_BYTES if wire_dtype == "int8" else 0
+    return values_in(shape) * _VALUE_BYTES[wire_dtype] + scale
 
 
-def _collapsed(block: nn.Module, shape: Shape) -> int:
-    """FLOPs of the cheapest known way to compute a linear block."""
-    steps = []
-    for layer in block if isinstance(block, nn.Sequential) else (block,):
-        cost, output = _measure(_on_meta(layer), shape)
-        steps.append(Step(cost, window(layer), shape, output))
-        shape = output
-    return least_flops(steps)
+def _part_costs(part: Part) -> PartCosts:
+    return PartCosts(
+        name=part.name,
+        side="device" if part.on_device else "cloud",
+        parameters=sum(parameter.numel() for parameter in part.module.parameters()),
+        flops=part.flops,
+        flops_collapsed=None if part.on_device else collapsed(part),
+        output_shape=part.output_shape,
+        output_values=values_in(part.output_shape),
+        peak_values=peak_values(part.module, part.input_shape),
+    )
 
 
-def block_shapes(model: SplitModel) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:
-    """Input and output shape (C, H, W) of each block, by running the model on the meta device."""
-    _, shape = _measure(_on_meta(model.stem), model.input_shape)
-    shapes = []
-    for index, block in enumerate(model.blocks):
-        if index:
-            _, shape = _measure(_on_meta(model.bridges[index - 1]), shape)
-        _, output = _measure(_on_meta(block), shape)
-        shapes.append((_chw(shape), _chw(output)))
-        shape = output
-    return shapes
+def _row(part: PartCosts) -> tuple[str, ...]:
+    least = part.flops_collapsed
+    return (
+        part.name,
+        part.side,
+        f"{part.parameters:,}",
+        f"{part.flops:,}",
+        "" if least is None else f"{least:,}",
+        "x".join(map(str, part.output_shape)),
+        f"{part.output_values:,}",
+        f"{part.peak_values:,}",
+    )
 
 
-def _chw(shape: Shape) -> tuple[int, int, int]:
-    channels, height, width = shape
-    return channels, height, width
+def _aligned(rows: list[tuple[str, ...]], left: int) -> list[str]:
+    """Columns of text: the first ``left`` ones to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:<{width}}" if index < left else f"{cell:>{width}}"
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
