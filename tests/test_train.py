@@ -192,7 +192,7 @@ def test_ctrl_c_asks_first_and_insists_later() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"epochs": 0}, "epochs is 0, expected at least 1"),
+        ({"epochs": 0}, "epochs is 0, expected 1 to "),
         ({"group_size": 0}, "group_size is 0"),
         ({"threads": 0}, "threads is 0"),
         ({"peak_rate": float("nan")}, "peak_rate is nan"),
