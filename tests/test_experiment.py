@@ -138,7 +138,7 @@ def test_presets_can_work() -> None:
             "linear", "datamix", "nonlinear", "unmixed", "edge-only",
         }  # fmt: skip
         papers = [job for job in jobs(found, (0,)) if job.config.method == "datamix"]
-        assert [job.config.group_size for job in papers] == [8, 4, 2]
+        assert sorted(job.config.group_size for job in papers) == [2, 4, 8]
         (linear,) = [job for job in jobs(found, (0,)) if job.arm.label == "linear"]
         assert [point.group_size for point in linear.points] == [2, 4, 8, 16, 32]
         assert METHODS[linear.config.method].mixed
