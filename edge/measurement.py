@@ -114,7 +114,7 @@ def _common(
         accuracy_unmixed=None,
         accuracy_edge_only=None,
         edge_flops_share=1.0,
-        edge_flops=_edge_flops(model),
+        edge_flops=edge_only_flops(model),
         bytes_per_inference=WIRE_BYTES["float16"] * values,
         command="",
         commit=commit(),
@@ -137,8 +137,11 @@ def _common(
     )
 
 
-def _edge_flops(model: SplitModel) -> int:
-    """FLOPs per input of stem and edge-only head."""
+def edge_only_flops(model: SplitModel) -> int:
+    """FLOPs per input of the edge-only network, stem and edge head; norms are not counted.
+
+    ``model`` was built on the meta device.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):

@@ -198,3 +198,26 @@ def test_the_shipped_bundle_keeps_its_promise() -> None:
     assert metrics["test_images"] == 10_000
     # A thousand images tell an accuracy to about two points.
     assert abs(found.accuracy_mixed - metrics["accuracy_mixed"]) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "rounds", "least"),
+    [
+        ("fashion-mnist-one-round", "fashion-mnist", 1, 0.91),
+        ("speech-commands-mix", "speech-commands", 3, 0.85),
+    ],
+)
+def test_the_other_shipped_bundles_keep_theirs(
+    name: str, dataset: str, rounds: int, least: float
+) -> None:
+    bundle = SHIPPED.parent / name
+    assert sum(file.stat().st_size for file in bundle.iterdir()) < 3_000_000
+    sample = load_sample(dataset)
+    found = evaluate(bundle, sample)
+    assert (found.mode, found.group_size, found.rounds) == ("mix", 4, rounds)
+    assert found.accuracy_mixed >= least
+    assert abs(found.accuracy_mixed - found.accuracy_unmixed) <= 0.01
+    assert found.edge_flops_share_collapsed < 0.2
+    card = (bundle / "MODEL_CARD.md").read_text()
+    assert f"{read_manifest(bundle).metrics['accuracy_mixed']:.2%}" in card
+    assert all(name in card for name in sample.class_names)
