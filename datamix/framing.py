@@ -55,17 +55,28 @@ def _header(dtype: Dtype, shape: tuple[int, ...], rows: int) -> tuple[Any, bytes
     types = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}
     tensor = pa.fixed_shape_tensor(types[dtype], shape)
     size = math.prod(shape)
-    zeros = pa.array(np.zeros(rows * size, dtype))
+    zeros = _zeros(types[dtype], rows * size)
     storage = pa.FixedSizeListArray.from_arrays(zeros, size)
     columns = [pa.ExtensionArray.from_storage(tensor, storage)]
     fields = [pa.field("features", tensor, nullable=False)]
     if dtype == "int8":
-        columns.append(pa.array(np.zeros(rows, np.float32)))
+        columns.append(_zeros(pa.float32(), rows))
         fields.append(pa.field("scale", pa.float32(), nullable=False))
     schema = pa.schema(fields)
     message = pa.RecordBatch.from_arrays(columns, schema=schema).serialize().to_pybytes()
     metadata_bytes = int.from_bytes(message[4:8], "little")
     return schema, message[: 8 + metadata_bytes]
+
+
+def _zeros(kind: Any, count: int) -> Any:
+    """``count`` zeros as a pyarrow array.
+
+    Not by ``pa.array``, which imports pandas where that is installed: a tenth of a second within
+    somebody's first message.
+    """
+    pa = ipc.arrow
+    data = pa.py_buffer(bytes(count * kind.bit_width // 8))
+    return pa.Array.from_buffers(kind, count, [None, data])
 
 
 class Template(NamedTuple):

@@ -104,3 +104,18 @@ def test_imports_are_light() -> None:
 
 def test_a_heavy_import_is_seen() -> None:
     assert heavy(["datamix.models", "datamix.errors"]) == ["datamix.models"]
+
+
+def test_a_message_imports_nothing_more() -> None:
+    """An import within somebody's first message holds up all others of the process."""
+    code = (
+        "import sys, numpy as np; from datamix import wire; before = set(sys.modules);"
+        "rows = np.zeros((2, 3, 4, 4), np.float32);"
+        "parts = [wire.encode_request(rows.astype(t), request_id='a', model='m', **more)"
+        " for t, more in ((np.float16, {}), (np.float32, {}))];"
+        "[wire.decode_request(part) for part in parts];"
+        "late = {m.partition('.')[0] for m in set(sys.modules) - before};"
+        "sys.exit(', '.join(late & {'pandas', 'torch', 'ray', 'scipy', 'matplotlib'}) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
