@@ -51,10 +51,10 @@ def test_two_processes_verify_every_answer_and_leave_nothing(cloud: FakeCloud) -
 
 
 def test_a_generator_that_cannot_keep_up_says_so_and_loses_no_row(cloud: FakeCloud) -> None:
-    summary = simulate(make_config(cloud.url, rate=40_000, duration_s=0.5, timeout_s=0.3))
+    summary = simulate(make_config(cloud.url, rate=200_000, duration_s=0.5, timeout_s=0.3))
     assert summary.exit_code == 3 and "generator" in str(summary.invalid_reason)
     ended = summary.ok + sum(summary.failed.values()) + summary.unsent + summary.wrong
-    assert ended == summary.inferences == pytest.approx(20_000, rel=0.05)
+    assert ended == summary.inferences == pytest.approx(100_000, rel=0.05)
 
 
 def command(cloud: FakeCloud, folder: Path, *more: str) -> subprocess.Popen[str]:
