@@ -56,6 +56,11 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
         "How much later is an answer than the bare forward, when nobody else asks?",
         [("added_p50_ms_null_engine", "<=", 1.0), ("added_p50_ms_block", "<=", 1.0)],
     ),
+    "device_install": (
+        "How large is a device's installation without torch, Ray and pyarrow, and how long does its "
+        "import take?",
+        [("plain_mb", "<=", 150.0), ("slim_mb", "<=", 150.0), ("import_s", "<=", 1.0)],
+    ),
     "saturation": (
         "How much of the engine's bare speed is served, clients on the same two cores?",
         [
