@@ -57,8 +57,8 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
         [("added_p50_ms_null_engine", "<=", 1.0), ("added_p50_ms_block", "<=", 1.0)],
     ),
     "device_install": (
-        "How large is a device's installation without torch, Ray and pyarrow, and how long does its "
-        "import take?",
+        "How large is a device's installation without torch, Ray and pyarrow, and how long does "
+        "its import take?",
         [("plain_mb", "<=", 150.0), ("slim_mb", "<=", 150.0), ("import_s", "<=", 1.0)],
     ),
     "saturation": (
