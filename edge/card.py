@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from datamix.bundle import BACKBONE, DEVICE, Manifest
-from datamix.models import Architecture, SplitModel, build, count_flops
+from datamix.models import Architecture, SplitModel, block_shapes, build, count_flops
+from datamix.models.costs import bytes_on_wire
 from edge.evaluate import Evaluation
 from edge.measurement import edge_only_flops
 
@@ -130,11 +131,7 @@ def _rounds(rounds: int) -> str:
 
 def _costs(manifest: Manifest, model: SplitModel, sizes: Mapping[str, int]) -> list[str]:
     flops = count_flops(model, group_size=manifest.group_size)
-    values = sum(
-        shape[0] * shape[1] * shape[2]
-        for block in manifest.blocks
-        for shape in (block.input_shape, block.output_shape)
-    )
+    sent = bytes_on_wire(block_shapes(model), "float16")
     parts = (
         f"stem {flops.stem / 1e6:.2f}, bridges {sum(flops.bridges) / 1e6:.2f},"
         f" head {flops.head / 1e6:.2f}, mixing {flops.mixing / 1e6:.2f}"
@@ -145,7 +142,7 @@ def _costs(manifest: Manifest, model: SplitModel, sizes: Mapping[str, int]) -> l
         f"| FLOPs on the device | {flops.edge / 1e6:.2f} M ({parts}): {flops.edge_share:.1%},"
         f" {flops.edge_share_collapsed:.1%} against collapsed blocks |",
         f"| FLOPs in the cloud | {flops.cloud / 1e6:.2f} M |",
-        f"| on the wire | {2 * values:,} bytes of float16, both ways, without framing,"
+        f"| on the wire | {sent:,} bytes of float16, both ways, without framing,"
         f" in {len(manifest.blocks)} round trip{'s' if len(manifest.blocks) > 1 else ''} |",
         f"| weights | {sizes[DEVICE] / 1e6:.2f} MB on the device,"
         f" {sizes[BACKBONE] / 1e6:.2f} MB in the cloud |",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from datamix.models import SplitModel, block_shapes, build, count_flops
+from datamix.models.costs import bytes_on_wire
 from edge.accuracy import accuracy
 from edge.data import Dataset
 from edge.fit import Fitted
@@ -24,7 +24,6 @@ from edge.networks import architecture_for
 from edge.results import Row, digest
 from edge.runs import on_cpu
 from edge.settings import TrainConfig
-from edge.wires import WIRE_BYTES
 
 _PACKAGES = ("torch", "numpy")
 
@@ -96,18 +95,13 @@ def _common(
 ) -> Row:
     """What all rows of one network share; the shares are those of a network without a cloud."""
     architecture = architecture_for(config.method, config.architecture)
-    values = 0
     with torch.device("meta"):
         model = build(architecture)
-    rounds = 0
-    if METHODS[config.method].offloads:
-        shapes = block_shapes(model)
-        rounds = len(shapes)
-        values = sum(torch.Size(shape).numel() for pair in shapes for shape in pair)
+    shapes = block_shapes(model) if METHODS[config.method].offloads else []
     return Row(
         dataset=test.name,
         method=config.method,
-        rounds=rounds,
+        rounds=len(shapes),
         group_size=1,
         seed=config.seed,
         accuracy=0.0,
@@ -115,16 +109,15 @@ def _common(
         accuracy_edge_only=None,
         edge_flops_share=1.0,
         edge_flops=edge_only_flops(model),
-        bytes_per_inference=WIRE_BYTES["float16"] * values,
+        bytes_per_inference=bytes_on_wire(shapes, "float16"),
         command="",
         commit=commit(),
         seconds=round(fitted.seconds, 1),
         accuracy_validation=fitted.history[-1].accuracy if fitted.history else None,
-        round_trips=rounds,
+        round_trips=len(shapes),
         architecture=architecture.name,
         options=dict(architecture.options),
         parameters=sum(parameter.numel() for parameter in part.parameters()),
-        edge_network=_edge_network(model),
         budget=config.budget,
         epochs=fitted.epochs,
         steps=fitted.steps,
@@ -150,14 +143,6 @@ def edge_only_flops(model: SplitModel) -> int:
         with torch.no_grad(), counter:
             part(torch.empty((1, *model.input_shape)))
     return int(counter.get_total_flops())
-
-
-def _edge_network(model: SplitModel) -> str:
-    """The same for networks whose stem and edge-only head have the same tensors."""
-    with torch.device("meta"):
-        part = nn.Sequential(model.stem, model.edge_head())
-    shapes = [(name, tuple(tensor.shape)) for name, tensor in part.state_dict().items()]
-    return hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
 
 
 def commit() -> str:

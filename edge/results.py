@@ -50,7 +50,6 @@ class Row:
         architecture: its name.
         options: its options.
         parameters: of the whole network.
-        edge_network: tells networks apart whose stem and edge-only head differ.
         budget: what each training could spend.
         epochs: passes over the data.
         steps: of training.
@@ -90,7 +89,6 @@ class Row:
     architecture: str = ""
     options: Mapping[str, int | str] = field(default_factory=dict)
     parameters: int = 0
-    edge_network: str = ""
     budget: str = ""
     epochs: float = 0.0
     steps: int = 0

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 Wire = Literal["float32", "float16", "int8"]
-WIRE_BYTES: dict[Wire, int] = {"float32": 4, "float16": 2, "int8": 1}
 _TINY = torch.finfo(torch.float32).tiny
 
 

@@ -10,9 +10,10 @@ from datamix import wire
 from datamix.bundle import DEVICE, ArchitectureSpec, save_bundle
 from datamix.errors import ConfigError
 from datamix.models import Architecture, block_shapes, build, count_flops
+from datamix.models.costs import bytes_on_wire
 from edge.data import load_sample
 from edge.search.budget import Costs, DeviceBudget
-from edge.search.costs import bytes_on_wire, cost
+from edge.search.costs import cost
 from edge.search.run import afford
 from edge.search.space import Candidate, SearchSpace, make_space
 
@@ -215,7 +216,7 @@ def test_bytes_are_those_of_real_messages(dtype: wire.Dtype) -> None:
         for shape in shapes:
             features = np.random.default_rng(0).standard_normal((rows, *shape)).astype(np.float32)
             sent += len(wire.encode_request(features, request_id="r", dtype=dtype))
-    counted = rows * bytes_on_wire(model, dtype)
+    counted = rows * bytes_on_wire(block_shapes(model), dtype)
     assert 0 < sent - counted < 6 * 1536  # the frames of six messages
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -192,6 +193,15 @@ def row_bytes(shape: Shape, wire_dtype: Dtype) -> int:
     """Bytes of one row on the wire, its scale included, framing left out."""
     scale = _SCALE_BYTES if wire_dtype == "int8" else 0
     return values_in(shape) * _VALUE_BYTES[wire_dtype] + scale
+
+
+def bytes_on_wire(shapes: Iterable[tuple[Shape, Shape]], wire_dtype: Dtype) -> int:
+    """Bytes of one input's rows over all rounds, up and down; a message's frame is left out.
+
+    The frame is about a kilobyte per message, which the inputs of a group share. ``shapes`` are
+    the input's and the output's of each block.
+    """
+    return sum(row_bytes(shape, wire_dtype) for pair in shapes for shape in pair)
 
 
 def _part_costs(part: Part) -> PartCosts:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
 from datamix.errors import ConfigError
-from datamix.models import Architecture, SplitModel, block_shapes, build, count_flops
+from datamix.models import Architecture, block_shapes, build, count_flops
+from datamix.models.costs import bytes_on_wire
 from datamix.wire import Dtype
 from edge.networks import architecture_for
 from edge.search.budget import Costs
 from edge.search.space import Candidate
-
-_VALUE_BYTES: Mapping[Dtype, int] = {"float32": 4, "float16": 2, "int8": 1}
-_SCALE_BYTES = 4  # int8 sends one float32 factor per row
 
 
 def cost(
@@ -49,20 +44,10 @@ def cost(
         edge_flops=flops.edge,
         cloud_flops=flops.cloud,
         cloud_flops_collapsed=sum(b if least is None else least for b, least in pairs),
-        bytes_per_inference=bytes_on_wire(model, wire_dtype),
+        bytes_per_inference=bytes_on_wire(block_shapes(model), wire_dtype),
         round_trips=len(model.blocks),
         parameters_device_bytes=sum(map(_float_bytes, (model.stem, model.bridges, model.head))),
     )
-
-
-def bytes_on_wire(model: SplitModel, wire_dtype: Dtype) -> int:
-    """Bytes of one input's rows, up and down, over all rounds; a message's frame is not counted.
-
-    The frame is about a kilobyte per message, which the inputs of a group share.
-    """
-    rows = [shape for pair in block_shapes(model) for shape in pair]
-    scale = _SCALE_BYTES if wire_dtype == "int8" else 0
-    return sum(math.prod(row) * _VALUE_BYTES[wire_dtype] + scale for row in rows)
 
 
 def _float_bytes(part: nn.Module) -> int:
