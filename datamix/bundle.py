@@ -20,7 +20,7 @@ import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
 
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
@@ -48,6 +48,7 @@ _MAX_HEADER_BYTES = 1 << 20  # of a safetensors file: names, types and shapes
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 Side = Literal["device", "backbone"]
+Mode = Literal["mix", "bounded", "split"]
 _FILES: Mapping[Side, _WeightFile] = {"device": DEVICE, "backbone": BACKBONE}
 
 _Text = Annotated[str, Field(max_length=256)]
@@ -79,6 +80,30 @@ class ArchitectureSpec(Strict):
     options: Annotated[dict[_Text, int | _Text], Field(max_length=64)] = {}
 
 
+class SplitSpec(Strict):
+    """How the bundle is used by two operators (docs/privacy.md).
+
+    Attributes:
+        sigma: deviation of the noise that hides features of mean square 1 at most.
+        wire_dtype: value type of what leaves for the operator that gets the features.
+        tolerance: as the manifest's, for de-noised block outputs with these two.
+    """
+
+    sigma: Annotated[FiniteFloat, Field(gt=0, le=4096)]
+    wire_dtype: Literal["float16", "float32"]
+    tolerance: Annotated[FiniteFloat, Field(gt=0, le=1)]
+
+
+class BoundedSpec(Strict):
+    """The noise that was trained for and is never cancelled (docs/privacy.md).
+
+    Attributes:
+        sigma: its deviation, for features of mean square 1 at most.
+    """
+
+    sigma: Annotated[FiniteFloat, Field(gt=0, le=4096)]
+
+
 class Manifest(Strict):
     """What a bundle says about itself.
 
@@ -86,7 +111,9 @@ class Manifest(Strict):
         schema_version: of this file's layout.
         name: of the model, ``[a-z0-9][a-z0-9._-]{0,63}``.
         version: of the model, ``[0-9A-Za-z._-]{1,32}``.
-        mode: for which mode it was trained (docs/privacy.md).
+        mode: for which mode it was trained (docs/privacy.md); a client's, unless it says otherwise.
+        split: how two operators serve it; None where it was not made for that.
+        bounded: its noise; None where it was not trained for that.
         group_size: K, how many inputs are mixed together.
         blocks: one entry per round.
         architecture: name and options for :func:`datamix.models.build`.
@@ -104,7 +131,7 @@ class Manifest(Strict):
     schema_version: Literal[1]
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
     version: Annotated[str, Field(pattern=r"^[0-9A-Za-z._-]{1,32}$")]
-    mode: Literal["mix", "bounded", "split"]
+    mode: Mode
     group_size: Annotated[int, Field(ge=1, le=1024)]
     blocks: Annotated[tuple[BlockShape, ...], Field(min_length=1, max_length=MAX_BLOCKS)]
     architecture: ArchitectureSpec
@@ -114,6 +141,8 @@ class Manifest(Strict):
     tolerance: Annotated[FiniteFloat, Field(gt=0, le=1)]
     metrics: Annotated[dict[_Text, FiniteFloat], Field(max_length=256)]
     hashes: dict[_HashedFile, _Sha256]
+    split: SplitSpec | None = None
+    bounded: BoundedSpec | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
@@ -123,7 +152,17 @@ class Manifest(Strict):
                 f"hashes need {DEVICE} and {BACKBONE}, and with them all or none of "
                 f"{', '.join(exported)}"
             )
+        if self.mode != "mix" and self.mode not in self.modes:
+            raise ValueError(f"mode is {self.mode!r}, but there is no {self.mode!r} entry")
         return self
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes that the bundle was made for, its own first."""
+        others = {"split": self.split, "bounded": self.bounded}
+        made: tuple[Mode, ...] = ("mix",) if self.mode == "mix" else ()
+        made += tuple(name for name in get_args(Mode) if others.get(name) is not None)
+        return tuple(sorted(made, key=lambda name: name != self.mode))
 
     @property
     def has_onnx(self) -> bool:
@@ -184,13 +223,15 @@ def save_bundle(
     *,
     name: str,
     version: str,
-    mode: Literal["mix", "bounded", "split"],
+    mode: Mode,
     group_size: int,
     architecture: ArchitectureSpec,
     preprocessing: Preprocessing,
     class_names: tuple[str, ...],
     tolerance: float,
     metrics: Mapping[str, float],
+    split: SplitSpec | None = None,
+    bounded: BoundedSpec | None = None,
 ) -> Manifest:
     """Write a bundle to a new local folder.
 
@@ -227,6 +268,8 @@ def save_bundle(
                 "tolerance": tolerance,
                 "metrics": dict(metrics),
                 "hashes": {file: hashlib.sha256(body).hexdigest() for file, body in files.items()},
+                "split": split,
+                "bounded": bounded,
             }
         )
     except ValidationError as error:

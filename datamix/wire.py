@@ -26,6 +26,8 @@ from datamix.errors import NonFinite, WireError
 from datamix.framing import DTYPE_OF, Array, Buffer, Template, Values, frame, template
 from datamix.framing import DTYPES as DTYPES  # part of this module's interface
 from datamix.framing import Dtype as Dtype
+from datamix.noise import MAP as NOISE_MAP
+from datamix.noise import SEED_BYTES
 from datamix.unframing import Reader
 
 PROTOCOL = "1"
@@ -53,6 +55,7 @@ class Request(NamedTuple):
         block: which block of the backbone.
         deadline_s: the budget left on arrival, in seconds; None for no deadline.
         priority: 0 normal, 1 low.
+        noise: the features are seeds (rows, 32), to be expanded by :mod:`datamix.noise`.
     """
 
     features: Array
@@ -63,6 +66,7 @@ class Request(NamedTuple):
     block: int = 0
     deadline_s: float | None = None
     priority: int = 0
+    noise: bool = False
 
     @property
     def rows(self) -> int:
@@ -71,8 +75,8 @@ class Request(NamedTuple):
 
     @property
     def dtype(self) -> Dtype:
-        """The value type, which the response will have too."""
-        return DTYPE_OF[self.features.dtype.char]
+        """The value type that the response will have: the request's, and float32 for seeds."""
+        return "float32" if self.noise else DTYPE_OF[self.features.dtype.char]
 
 
 _max = np.maximum.reduce
@@ -247,6 +251,49 @@ def encode_request(
     """
     if features.ndim < 2 or not features.size:
         raise WireError(f"features have shape {features.shape}, expected (rows, *shape), not empty")
+    values, fields = _request_fields(request_id, model, model_version, block, deadline_s, priority)
+    quantised, scale = quantise(features, dtype)
+    layout = template(dtype, quantised.shape, fields)
+    return b"".join(layout.fill(values, quantised, scale))
+
+
+def encode_noise_request(
+    seeds: Array,
+    *,
+    request_id: str,
+    model: str | None = None,
+    model_version: str | None = None,
+    block: int = 0,
+    deadline_s: float | None = None,
+    priority: int = 0,
+) -> bytes:
+    """Seeds of noise (rows, 32) uint8, for the cloud to expand and compute on.
+
+    The seeds travel as int8 features whose scales are 1, marked by ``datamix.noise``; the answer is
+    float32, one row for each seed. See :mod:`datamix.noise`.
+
+    Raises:
+        WireError: the id, a name, a number or the seeds cannot travel.
+    """
+    if seeds.ndim != 2 or seeds.shape[1] != SEED_BYTES or seeds.dtype != np.uint8 or not len(seeds):
+        raise WireError(
+            f"seeds have shape {seeds.shape} of {seeds.dtype}, expected (rows, {SEED_BYTES}) uint8"
+        )
+    values, fields = _request_fields(request_id, model, model_version, block, deadline_s, priority)
+    layout = template("int8", seeds.shape, (*fields, ("datamix.noise", NOISE_MAP)))
+    rows = np.ascontiguousarray(seeds).view(np.int8)
+    return b"".join(layout.fill(values, rows, np.ones(len(rows), np.float32)))
+
+
+def _request_fields(
+    request_id: str,
+    model: str | None,
+    model_version: str | None,
+    block: int,
+    deadline_s: float | None,
+    priority: int,
+) -> tuple[tuple[bytes, ...], tuple[tuple[str, str | int], ...]]:
+    """A request's metadata: the values that change, and the template's fields."""
     if not 0 <= block < 10**12:
         raise WireError(f"block is {block}, expected 0 or more, at most 12 digits")
     if priority not in (0, 1):
@@ -269,9 +316,7 @@ def encode_request(
         fields.append(("datamix.deadline_ms", len(values[1])))
     if priority:
         fields.append(("datamix.priority", str(priority)))
-    quantised, scale = quantise(features, dtype)
-    layout = template(dtype, quantised.shape, tuple(fields))
-    return b"".join(layout.fill(tuple(values), quantised, scale))
+    return tuple(values), tuple(fields)
 
 
 class _Fixed(NamedTuple):
@@ -281,6 +326,7 @@ class _Fixed(NamedTuple):
     model_version: str | None
     block: int
     priority: int
+    noise: bool
 
 
 def _read_fixed(metadata: Values) -> _Fixed:
@@ -293,7 +339,23 @@ def _read_fixed(metadata: Values) -> _Fixed:
         _name(metadata, "datamix.model_version"),
         _number_or(metadata, "datamix.block", 0),
         priority,
+        _is_noise(metadata),
     )
+
+
+def _is_noise(metadata: Values) -> bool:
+    noise = metadata.get("datamix.noise")
+    if noise not in (None, NOISE_MAP):
+        raise WireError(f"datamix.noise names an unknown map, expected {NOISE_MAP!r}")
+    return noise is not None
+
+
+def _check_seeds(features: Array, scale: Array | None) -> None:
+    if features.shape[1:] != (SEED_BYTES,) or scale is None or not (scale == 1).all():
+        raise WireError(
+            f"rows of noise are int8 seeds of shape ({SEED_BYTES},) with scale 1, got"
+            f" {features.dtype} of shape {features.shape[1:]}"
+        )
 
 
 requests = Reader(frozenset({"datamix.request_id", "datamix.deadline_ms"}), _read_fixed)
@@ -313,6 +375,8 @@ def decode_request(body: Buffer, *, max_bytes: int = 1 << 24, max_rows: int = 1 
         raise WireError("request has no rows, expected at least one")
     if not _is_finite(features, scale):
         raise NonFinite("features hold NaN or Inf, expected finite values")
+    if fixed.noise:
+        _check_seeds(features, scale)
     deadline_ms = _number(variables, "datamix.deadline_ms")
     return Request(
         features,
@@ -320,7 +384,7 @@ def decode_request(body: Buffer, *, max_bytes: int = 1 << 24, max_rows: int = 1 
         request_id,
         *fixed[:3],
         None if deadline_ms is None else deadline_ms / 1000,
-        fixed[3],
+        *fixed[3:],
     )
 
 

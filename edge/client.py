@@ -2,112 +2,57 @@
 
     inputs -> stem -> groups of K -> every round of each group through the cloud -> outputs
 
-Every attempt of a round sends the same mixtures under the same request id, so the cloud may answer
-it twice without harm, and a retry tells it nothing new but how much of the deadline is left.
+Retries are in :mod:`edge.requester`, what protects a round in :mod:`edge.modes`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
-import random
-import secrets
 import threading
 import time
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from datamix import wire
-from datamix.errors import ConfigError, DataMixError, Unavailable, from_status
+from datamix.errors import AnswerError, ConfigError
 from edge.access import Access
-from edge.mixing import decoys
-from edge.session import Device, Floats, Round, infer_group
+from edge.masks import MaskPool, Seeds
+from edge.mixing import decoys, random_order
+from edge.modes import mode_of, split_dtype
+from edge.operators import Operators
+from edge.promises import check_mode, promise
+from edge.requester import ClientConfig as ClientConfig
+from edge.requester import Requester
+from edge.requester import RetryBudget as RetryBudget
+from edge.session import Device, Floats, Round, check_answer, infer_group
 from edge.transport import StreamTransport, Transport, UnaryTransport
+
+if TYPE_CHECKING:
+    from datamix.bundle import Manifest
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
 
-_LONGEST_BACKOFF_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class ClientConfig:
-    """How patient a client is.
-
-    Attributes:
-        timeout_s: for one group with all its rounds and retries, in seconds.
-        attempt_timeout_s: for one attempt of one round, in seconds.
-        retry_ratio: retries allowed per request in the long run.
-        retry_reserve: retries allowed on top, so that a quiet client survives a restart.
-        first_backoff_s: wait before the first retry; it doubles, with jitter, up to 2 s.
-        max_groups: groups under way at once.
-        wire_dtype: value type on the wire; None for the bundle's own.
-    """
-
-    timeout_s: float = 30.0
-    attempt_timeout_s: float = 10.0
-    retry_ratio: float = 0.1
-    retry_reserve: float = 32.0
-    first_backoff_s: float = 0.05
-    max_groups: int = 8
-    wire_dtype: wire.Dtype | None = None
-
-    def __post_init__(self) -> None:
-        """Check the numbers.
-
-        Raises:
-            ConfigError: one of them makes no sense.
-        """
-        for name in ("timeout_s", "attempt_timeout_s", "first_backoff_s", "max_groups"):
-            if not 0 < getattr(self, name) < 1e9:  # NaN is neither
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0, finite")
-        for name in ("retry_ratio", "retry_reserve"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 0")
-        if self.wire_dtype not in (None, *wire.DTYPES):
-            raise ConfigError(
-                f"wire_dtype is {self.wire_dtype!r}, expected one of {', '.join(wire.DTYPES)}"
-            )
-
-
-class RetryBudget:
-    """Retries are paid for by requests, so that a struggling cloud is not hit by a retry storm.
-
-    Each request earns ``ratio`` of a retry, up to ``reserve`` retries saved up.
-    """
-
-    def __init__(self, ratio: float, reserve: float) -> None:
-        """Start with a full reserve."""
-        self._ratio = ratio
-        self._reserve = reserve
-        self._balance = reserve
-
-    def earn(self) -> None:
-        """Count one request."""
-        self._balance = min(self._reserve, self._balance + self._ratio)
-
-    def spend(self) -> bool:
-        """Pay for one retry; False where the budget is used up."""
-        if self._balance < 1:
-            return False
-        self._balance -= 1
-        return True
-
 
 class Client:
-    """Infers through an untrusted cloud that sees mixtures only.
+    """Infers through a cloud that sees no single input in the clear; how little, its mode says.
 
     Attributes:
-        retries: attempts made beyond the first of each round.
-        bytes_up: bytes of all requests sent.
-        bytes_down: values of all responses, in bytes, without framing.
+        device: the device's parts of the network.
+        mode: what protects what leaves.
+        promise: what that is worth.
+        not_private: in the mode split, why the two ends seem to have one operator, so that nothing
+            is promised; None where nothing says so, or they were not asked yet.
+        cloud: the end that gets the features.
+        masks_from: in the mode split, the end that gets seeds; else None.
     """
 
     def __init__(
@@ -119,6 +64,9 @@ class Client:
         mode: str | None = None,
         token: str | None = None,
         ca_file: str | os.PathLike[str] | None = None,
+        second: str | Transport | None = None,
+        second_token: str | None = None,
+        allow_same_operator: bool = False,
         config: ClientConfig | None = None,
     ) -> None:
         """Open the bundle; the cloud is contacted on the first inference.
@@ -132,12 +80,16 @@ class Client:
             token: bearer token, where the cloud wants one.
             ca_file: PEM file of the authorities that may vouch for an ``https`` cloud; None for
                 those that this machine trusts.
+            second: in the mode split, the second operator's URL or transport.
+            second_token: bearer token for that one.
+            allow_same_operator: in the mode split, go on where both ends seem to have one operator,
+                which is not private. Transports of one's own cannot be asked, so they need it.
             config: timeouts, retries, concurrency.
 
         Raises:
             BundleError: the bundle cannot be read or trusted.
-            ConfigError: the bundle was made for another mode, or the URL, the token or the file of
-                authorities is none.
+            ConfigError: the bundle was made for another mode, the URL, the token or the file of
+                authorities is none, or a second end is missing or not of use.
         """
         if isinstance(bundle, str | os.PathLike):
             from edge.device import open_device  # a fleet's clients bring devices of their own
@@ -145,27 +97,69 @@ class Client:
             bundle = open_device(Path(bundle) if isinstance(bundle, os.PathLike) else bundle)
         self.device: Device = bundle
         manifest = self.device.manifest
-        if mode is not None and mode != manifest.mode:
-            raise ConfigError(
-                f"mode is {mode!r}, but bundle {manifest.name!r} was made for {manifest.mode!r}"
-            )
-        if manifest.mode != "mix":
-            raise ConfigError(f"mode is {manifest.mode!r}, expected 'mix', the only one so far")
+        self.promise = promise(manifest, check_mode(manifest, mode))
+        self.mode = self.promise.mode
         self.config = config or ClientConfig()
-        if isinstance(url, str):
-            access = Access(token, None if ca_file is None else os.fspath(ca_file))
-            self._transport = _connect(url, manifest.name, access, transport)
-        elif token is not None or ca_file is not None:
-            raise ConfigError("a transport of one's own came with token or ca_file, expected none")
-        else:
-            self._transport = url
-        self._dtype: wire.Dtype = self.config.wire_dtype or manifest.wire_dtype
-        self._budget = RetryBudget(self.config.retry_ratio, self.config.retry_reserve)
         self._slots = asyncio.Semaphore(self.config.max_groups)
-        self._jitter = random.Random(secrets.randbits(64))
-        self.retries = 0
-        self.bytes_up = 0
-        self.bytes_down = 0
+        ca = None if ca_file is None else os.fspath(ca_file)
+        self._operators: Operators | None = None
+        self.masks_from: Requester | None = None
+        self._masks: MaskPool | None = None
+        self._dtype: wire.Dtype = self.config.wire_dtype or manifest.wire_dtype
+        if self.mode != "split":
+            if second is not None or second_token is not None or allow_same_operator:
+                raise ConfigError(
+                    f"mode is {self.mode!r}, which has one operator, but a second one was given"
+                )
+            self.cloud = Requester(_open(url, manifest, Access(token, ca), transport), self.config)
+            return
+        assert manifest.split is not None  # check_mode saw to it
+        if second is None:
+            raise ConfigError("mode is 'split', but only one operator was given, expected two")
+        if isinstance(url, str) and isinstance(second, str):
+            accesses = (Access(token, ca), Access(second_token, ca))
+            self._operators = Operators((url, second), accesses, allow_same=allow_same_operator)
+        elif not allow_same_operator:
+            raise ConfigError(
+                "a transport of one's own cannot be asked who runs it, expected"
+                " allow_same_operator, which is not private"
+            )
+        self._dtype = split_dtype(manifest, self.config.wire_dtype)
+        first = _open(url, manifest, Access(token, ca), transport)
+        self.cloud = Requester(first, self.config, "operator A")
+        other = _open(second, manifest, Access(second_token, ca), transport)
+        self.masks_from = Requester(other, self.config, "operator B")
+        self._masks = MaskPool(
+            self._fetch_masks, manifest.blocks, manifest.group_size, self.config.masks_ahead
+        )
+
+    @property
+    def not_private(self) -> str | None:
+        """See the class."""
+        if self.mode != "split":
+            return None
+        if self._operators is None:
+            return "transports of one's own do not say who runs them"
+        return self._operators.same
+
+    @property
+    def retries(self) -> int:
+        """Attempts made beyond the first of each request, at all ends."""
+        return sum(end.retries for end in self._ends)
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes of all requests sent, to all ends."""
+        return sum(end.bytes_up for end in self._ends)
+
+    @property
+    def bytes_down(self) -> int:
+        """Values of all responses of all ends, in bytes, without framing."""
+        return sum(end.bytes_down for end in self._ends)
+
+    @property
+    def _ends(self) -> tuple[Requester, ...]:
+        return (self.cloud,) if self.masks_from is None else (self.cloud, self.masks_from)
 
     async def __aenter__(self) -> Self:
         """Use as ``async with Client(...) as client``."""
@@ -181,14 +175,27 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Let go of the connection."""
-        await self._transport.close()
+        """Let go of the connections, and wipe masks that nobody used."""
+        if self._masks is not None:
+            await self._masks.close()
+        await asyncio.gather(*(end.transport.close() for end in self._ends))
+
+    async def prefetch(self) -> None:
+        """In the mode split, fetch masks now, so that the next inferences find them ready.
+
+        Raises:
+            ConfigError: the two ends seem to have one operator.
+            DataMixError: operator B could not be made to answer.
+        """
+        if self._masks is not None:
+            await self._check_operators()
+            await self._masks.fill()
 
     async def infer(self, inputs: Array) -> Floats:
         """Infer any number of inputs.
 
-        They are mixed in groups of the bundle's ``group_size``; the last group is filled up with
-        decoys of noise, whose outputs are cut off.
+        They are put into groups of the bundle's ``group_size`` in a random order; the last group is
+        filled up with decoys of noise, whose outputs are dropped.
 
         Args:
             inputs: (n, *raw_shape), raw uint8 or int16, or float32 of full scale 1; see
@@ -198,98 +205,102 @@ class Client:
             Outputs (n, classes) float32.
 
         Raises:
-            ConfigError: the inputs do not have the bundle's shape.
+            ConfigError: the inputs do not have the bundle's shape, or the two ends of the mode
+                split seem to have one operator.
             DataMixError: the cloud could not be made to answer in time; see
                 :mod:`datamix.errors`.
         """
         prepared = self.device.preprocess(inputs)
         if not len(prepared):
             return np.empty((0, len(self.device.manifest.class_names)), np.float32)
+        await self._check_operators()
         features = await asyncio.to_thread(self.device.stem, prepared)
         size = self.device.manifest.group_size
+        if missing := -len(features) % size:
+            features = np.concatenate([features, decoys(missing, features.shape[1:])])
+        # Neighbours in time are often alike: which inputs share a group, and in which row each
+        # stands, says nothing.
+        order = random_order(len(features))
+        features = features[order]
 
         async def group(start: int) -> Floats:
             async with self._slots:
-                members = features[start : start + size]
-                if missing := size - len(members):  # of the last group
-                    members = np.concatenate([members, decoys(missing, members.shape[1:])])
-                return await self._infer_group(members)
+                return await self._infer_group(features[start : start + size])
 
         try:
             async with asyncio.TaskGroup() as tasks:
                 groups = [tasks.create_task(group(i)) for i in range(0, len(features), size)]
         except ExceptionGroup as errors:  # the first failure cancelled the others
             raise errors.exceptions[0] from None
-        return np.concatenate([task.result() for task in groups])[: len(inputs)]
+        outputs = np.empty((len(features), len(self.device.manifest.class_names)), np.float32)
+        outputs[order] = np.concatenate([task.result() for task in groups])
+        return outputs[: len(inputs)]
 
     async def _infer_group(self, features: Floats) -> Floats:
         """Drive one group's session; every round is one request."""
-        deadline = time.monotonic() + self.config.timeout_s
-        session = infer_group(self.device, features)
-        step = next(session)
-        while True:
-            answer = await self._request(step, deadline)
-            try:
+        masks = None if self._masks is None else await self._masks.take()
+        deadline_s = time.monotonic() + self.config.timeout_s
+        session = infer_group(
+            self.device, features, mode_of(self.device.manifest, self.mode, masks)
+        )
+        try:
+            step = next(session)
+            while True:
+                answer = await self.cloud.ask(functools.partial(self._encode, step), deadline_s)
                 step = session.send(answer)
-            except StopIteration as end:
-                outputs: Floats = end.value
-                return outputs
+        except StopIteration as end:
+            outputs: Floats = end.value
+            return outputs
+        finally:
+            session.close()  # and wipe the round's secret, where it failed
+            if masks is not None:
+                masks.wipe()
 
-    async def _request(self, step: Round, deadline: float) -> Floats:
-        """One round: attempts until it is answered, the deadline passes or the budget is spent."""
+    def _encode(self, step: Round, request_id: str, left_s: float) -> bytes:
         manifest = self.device.manifest
-        request_id = secrets.token_hex(12)
+        return wire.encode_request(
+            step.features,
+            request_id=request_id,
+            dtype=self._dtype,
+            model=manifest.name,
+            model_version=manifest.version,
+            block=step.block,
+            deadline_s=left_s,
+        )
 
-        def encode() -> bytes:
-            return wire.encode_request(
-                step.features,
+    async def _fetch_masks(self, block: int, seeds: Seeds) -> Floats:
+        """Operator B's answers to seeds."""
+        manifest = self.device.manifest
+        assert self.masks_from is not None
+
+        def encode(request_id: str, left_s: float) -> bytes:
+            return wire.encode_noise_request(
+                seeds,
                 request_id=request_id,
-                dtype=self._dtype,
                 model=manifest.name,
                 model_version=manifest.version,
-                block=step.block,
-                deadline_s=max(0.0, deadline - time.monotonic()),
+                block=block,
+                deadline_s=left_s,
             )
 
-        message = encode()
-        self._budget.earn()
-        backoff_s = self.config.first_backoff_s
-        while True:
-            left_s = deadline - time.monotonic()
-            try:
-                return await self._attempt(message, request_id, left_s)
-            except DataMixError as error:
-                if not error.retryable:
-                    raise
-                jitter = self._jitter.random()
-                wait_s = backoff_s * (0.5 + 0.5 * jitter)
-                if error.retry_after_s is not None:  # and not all at the same moment
-                    wait_s = max(wait_s, error.retry_after_s * (1 + 0.1 * jitter))
-                if time.monotonic() + wait_s >= deadline:
-                    raise Unavailable(
-                        f"gave up after {self.config.timeout_s:g} s; the last attempt: {error}"
-                    ) from error
-                if not self._budget.spend():
-                    raise Unavailable(
-                        f"the retry budget is spent; the last attempt: {error}"
-                    ) from error
-            self.retries += 1
-            await asyncio.sleep(wait_s)
-            message = encode()  # a cloud that believed the old deadline would compute in vain
-            backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
+        answer = await self.masks_from.ask(encode, time.monotonic() + self.config.timeout_s)
+        try:
+            check_answer(answer, len(seeds), manifest.blocks[block].output_shape)
+        except AnswerError as error:
+            raise AnswerError(f"operator B: {error}") from None
+        return answer
 
-    async def _attempt(self, message: bytes, request_id: str, left_s: float) -> Floats:
-        timeout_s = min(self.config.attempt_timeout_s, max(left_s, 0.001))
-        self.bytes_up += len(message)
-        response = await self._transport.send(message, request_id, timeout_s)
-        if response.status != 200:
-            raise from_status(
-                response.status,
-                response.error or f"the cloud answered with status {response.status}",
-                retry_after_s=response.retry_after_s,
-            )
-        self.bytes_down += response.features.nbytes
-        return response.values()
+    async def _check_operators(self) -> None:
+        if self._operators is not None:
+            await self._operators.check()
+
+
+def _open(url: str | Transport, manifest: Manifest, access: Access, kind: str) -> Transport:
+    if isinstance(url, str):
+        return _connect(url, manifest.name, access, kind)
+    if access != Access():
+        raise ConfigError("a transport of one's own came with token or ca_file, expected none")
+    return url
 
 
 def _connect(url: str, model: str, access: Access, transport: str) -> Transport:

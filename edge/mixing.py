@@ -50,6 +50,11 @@ class Coefficients:
         """K, the number of inputs mixed together."""
         return len(self._matrix)
 
+    def wipe(self) -> None:
+        """Overwrite the values: nothing can be mixed or de-mixed afterwards."""
+        wipe(self._matrix)
+        self._matrix = self._matrix[:0, :0]
+
     def __repr__(self) -> str:
         """Say the size and nothing else."""
         return f"Coefficients(group_size={self.group_size}, values=secret)"
@@ -59,8 +64,8 @@ class Coefficients:
         raise TypeError("coefficients are secret and cannot be pickled or copied")
 
 
-def _gaussians(count: int) -> npt.NDArray[np.float64]:
-    """``count`` standard normals from the operating system's entropy, by Box and Muller.
+def gaussians(count: int) -> npt.NDArray[np.float64]:
+    """Draw ``count`` standard normals from the operating system's entropy, by Box and Muller.
 
     Straight from ``os.urandom``: there is no generator whose state could be recovered.
     """
@@ -82,7 +87,7 @@ def haar(group_size: int) -> Coefficients:
     """
     if group_size < 1:
         raise ConfigError(f"group_size is {group_size}, expected at least 1")
-    gaussian = _gaussians(group_size * group_size).reshape(group_size, group_size)
+    gaussian = gaussians(group_size * group_size).reshape(group_size, group_size)
     orthogonal, triangle = np.linalg.qr(gaussian)
     orthogonal *= np.sign(np.diagonal(triangle))
     return Coefficients(orthogonal.astype(np.float32))
@@ -95,7 +100,23 @@ def decoys(count: int, shape: tuple[int, ...]) -> Floats:
     and unit variance too.
     """
     size = math.prod(shape)
-    return _gaussians(count * size).astype(np.float32).reshape(count, *shape)
+    return gaussians(count * size).astype(np.float32).reshape(count, *shape)
+
+
+def random_order(count: int) -> npt.NDArray[np.int64]:
+    """A uniformly random permutation of ``range(count)``, from the operating system's entropy."""
+    words = np.frombuffer(os.urandom(8 * count), np.uint64)
+    return np.argsort(words, kind="stable")  # two equal words: less than count^2 in 2^65
+
+
+def wipe(values: Array) -> None:
+    """Overwrite an array with zeros, where it is ours to write.
+
+    What Python allows: copies that numpy, the allocator or the operating system made on the way are
+    out of reach.
+    """
+    if values.flags.writeable:
+        values.fill(0)
 
 
 def mix(features: Array, coefficients: Coefficients) -> Floats:

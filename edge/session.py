@@ -1,6 +1,8 @@
 """One inference of one group, without any input or output: the way of the data on the device.
 
-    stem features -> (mix -> cloud block -> de-mix -> bridge) per round -> head -> outputs
+    stem features -> (protect -> cloud block -> restore -> bridge) per round -> head -> outputs
+
+Protecting is mixing, or what else the mode does (:mod:`edge.modes`).
 
 Written as a generator so that one definition serves the client, the fleet simulator and the tests:
 whoever drives it sends each :class:`Round` to the cloud and feeds the answer back in.
@@ -17,7 +19,7 @@ import numpy.typing as npt
 
 from datamix.errors import AnswerError
 from datamix.wire import is_finite
-from edge.mixing import demix, haar, mix
+from edge.modes import Mix, Mode
 
 if TYPE_CHECKING:
     from datamix.bundle import Manifest
@@ -77,19 +79,23 @@ def check_answer(answer: Array, rows: int, output_shape: tuple[int, ...]) -> Non
         raise AnswerError("the cloud's answer holds NaN or Inf, expected finite values")
 
 
-def infer_group(device: Device, features: Array) -> Generator[Round, Floats, Floats]:
+def infer_group(
+    device: Device, features: Array, mode: Mode | None = None
+) -> Generator[Round, Floats, Floats]:
     """Infer one group through the cloud.
 
-    Each round draws fresh coefficients: mixing the same features twice with different matrices
-    tells the cloud nothing more than once (A is orthogonal), but reusing one matrix over rounds
-    would tie the rounds together.
+    Each round has a fresh secret: mixing the same features twice with different matrices tells the
+    cloud nothing more than once (A is orthogonal), but reusing one matrix over rounds would tie the
+    rounds together. A secret is wiped as soon as its answer is there, or the inference is given up.
 
     Args:
         device: stem, bridges and head, and the manifest.
         features: (K, C, H, W) float32, the stem's output for the group.
+        mode: what protects this group; None for plain mixing.
 
     Yields:
-        Each round's mixtures; expects the cloud's answer (K, *output_shape) float32 to be sent in.
+        What leaves in each round; expects the cloud's answer (K, *output_shape) float32 to be sent
+        in.
 
     Returns:
         Outputs (K, classes) float32.
@@ -97,13 +103,17 @@ def infer_group(device: Device, features: Array) -> Generator[Round, Floats, Flo
     Raises:
         AnswerError: an answer with the wrong shape or values that are not finite.
     """
+    mode = mode or Mix()
     rows = len(features)
     blocks = device.manifest.blocks
     for index, block in enumerate(blocks):
-        coefficients = haar(rows)
-        answer = yield Round(index, mix(features, coefficients))
-        check_answer(answer, rows, block.output_shape)
-        features = demix(answer, coefficients)
+        leaving, secret = mode.protect(index, features)
+        try:
+            answer = yield Round(index, leaving)
+            check_answer(answer, rows, block.output_shape)
+            features = secret.restore(answer)
+        finally:
+            secret.wipe()
         if index < len(blocks) - 1:
             features = device.bridge(index, features)
     return device.head(features)

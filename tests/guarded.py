@@ -71,7 +71,7 @@ async def run(port: int, folder: Path) -> dict[str, Any]:
         closed = [s["streams_closed"] for s in await broadcast("stats")]
         for client in clients:
             await client.close()
-    transports = [client._transport for client in clients]
+    transports = [client.cloud.transport for client in clients]
     return {
         "rotated": rotated,
         "closed": closed,

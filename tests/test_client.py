@@ -30,6 +30,7 @@ from datamix.errors import (
     WireError,
 )
 from edge import client as client_module
+from edge import requester as requester_module
 from edge.client import Client, ClientConfig, RetryBudget, SyncClient
 from edge.transport import InProcessTransport, StreamTransport, Transport
 from tests.asynchronous import asynchronous
@@ -122,8 +123,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     stand_in = Clock()
-    monkeypatch.setattr(client_module, "time", stand_in)
-    monkeypatch.setattr(client_module, "asyncio", stand_in)
+    for module in (client_module, requester_module):
+        monkeypatch.setattr(module, "time", stand_in)
+        monkeypatch.setattr(module, "asyncio", stand_in)
     return stand_in
 
 
@@ -413,13 +415,13 @@ async def test_the_retry_budget_ends_a_retry_storm(clock: Clock) -> None:
     config = ClientConfig(timeout_s=1e6, retry_ratio=0.5, retry_reserve=3)
     client = Client(transport, FakeDevice(), config=config)
     for expected in (3, 0, 1, 0, 1):  # the reserve, then half a retry per request
-        client.retries = 0
+        before = client.retries
         with pytest.raises(Unavailable) as caught:
             await client.infer(raw_inputs(1))
         assert str(caught.value) == (
             "the retry budget is spent; the last attempt: the cloud's own words"
         )
-        assert client.retries == expected
+        assert client.retries - before == expected
     assert transport.attempts == 5 + 3 + 1 + 1
 
 
@@ -683,16 +685,9 @@ def never() -> Transport:
 
 @pytest.mark.parametrize("mode", ["bounded", "split", "plain", ""])
 def test_a_mode_that_the_bundle_was_not_made_for_is_refused(mode: str) -> None:
-    with pytest.raises(ConfigError, match="was made for 'mix'"):
+    with pytest.raises(ConfigError, match="was made for mix"):
         Client(never(), FakeDevice(), mode=mode)
     assert Client(never(), FakeDevice(), mode="mix").device.manifest.mode == "mix"
-
-
-@pytest.mark.parametrize("mode", ["bounded", "split"])
-def test_a_bundle_of_a_mode_that_does_not_exist_yet_is_refused(mode: Any) -> None:
-    for asked in (None, mode):
-        with pytest.raises(ConfigError, match="the only one so far"):
-            Client(never(), FakeDevice(mode=mode), mode=asked)
 
 
 @pytest.mark.parametrize("url", ["", "host:1", "ws://host:1", "http://host:port"])

@@ -122,7 +122,7 @@ def test_a_malformed_message_beside_good_ones(
 
     async def run() -> None:
         async with Client(cluster.url, device) as client:
-            transport = client._transport
+            transport = client.cloud.transport
             assert isinstance(transport, StreamTransport)
             for number in range(20):
                 answers = await asyncio.gather(

@@ -126,7 +126,7 @@ async def test_requests_pass_with_token_and_authority(
             sizes = [1, 3, 4000] * 10  # up to 150 kB, which is many TLS records
             answers = await asyncio.gather(
                 *(
-                    client._transport.send(message_of(seed, rows), f"r{seed}", PATIENCE_S)
+                    client.cloud.transport.send(message_of(seed, rows), f"r{seed}", PATIENCE_S)
                     for seed, rows in enumerate(sizes)
                 )
             )

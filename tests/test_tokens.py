@@ -453,13 +453,13 @@ async def test_nothing_of_the_client_shows_the_token(
     async with FakeHttp(refuse).serve() as cloud:
         client = Client(cloud.url, FakeDevice(), transport=transport, token=ALICE)
         with pytest.raises(Unavailable) as raised:
-            await client._transport.send(b"x", "r1", 5)
+            await client.cloud.transport.send(b"x", "r1", 5)
         await client.close()
         config = FleetConfig(cloud.url, workload="echo", token=ALICE)
         with pytest.raises(Unavailable) as fetched:
             fetch(f"{cloud.url}/v2/stats", config.access)
     shown = [repr(raised.value), repr(raised.value.__cause__), repr(client), repr(config)]
-    shown += [repr(client._transport), repr(config.access), repr(fetched.value), caplog.text]
+    shown += [repr(client.cloud.transport), repr(config.access), repr(fetched.value), caplog.text]
     shown.append(repr(Shard(config, "echo", pacing.schedule("poisson", 1, 1, 100, 0), fake_work())))
     assert not [text for text in shown if ALICE in text]
 

@@ -1,0 +1,85 @@
+"""What each mode promises for a bundle, in bits, and how it is known to break: one place for all.
+
+The demo, the reports, the audit and the ledger quote it (docs/privacy.md has the whole story).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from datamix.errors import ConfigError
+from edge.modes import gaussian_bits
+
+if TYPE_CHECKING:
+    from datamix.bundle import Manifest, Mode
+
+_BREAKS: dict[str, str] = {
+    "mix": (
+        "source separation on the mixtures of one group recovers the inputs, and a gallery item is"
+        " recognised without separating anything"
+    ),
+    "bounded": (
+        "at sigma of practical use the bound is hundreds of bits for each input, and a gallery item"
+        " is still recognised; repeats of an input add up"
+    ),
+    "split": "the two operators together subtract the noise and see every input",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What a mode promises.
+
+    Attributes:
+        mode: which.
+        bits_per_input: most information that the operator who gets the features learns of one
+            input, all rounds together; infinite where there is no bound.
+        known_break: what is known to get around it.
+    """
+
+    mode: Mode
+    bits_per_input: float
+    known_break: str
+
+    @property
+    def text(self) -> str:
+        """The promise in a line."""
+        if self.mode == "mix":
+            return "mix: obfuscation, no bound"
+        bound = f"at most {self.bits_per_input:.3g} bits per input, all rounds together"
+        if self.mode == "split":
+            return f"split: operator A learns {bound}; operator B nothing, if they do not collude"
+        return f"bounded: the cloud learns {bound}"
+
+
+def promise(manifest: Manifest, mode: Mode | None = None) -> Promise:
+    """What ``mode`` promises for this bundle; the bundle's own mode by default.
+
+    Raises:
+        ConfigError: the bundle was not made for that mode.
+    """
+    mode = check_mode(manifest, mode)
+    spec = {"split": manifest.split, "bounded": manifest.bounded}.get(mode)
+    bits = math.inf
+    if spec is not None:
+        values = sum(math.prod(block.input_shape) for block in manifest.blocks)
+        bits = gaussian_bits(values, spec.sigma)
+    return Promise(mode, bits, _BREAKS[mode])
+
+
+def check_mode(manifest: Manifest, mode: str | None) -> Mode:
+    """The mode to use: ``mode``, or the bundle's own where that is None.
+
+    Raises:
+        ConfigError: the bundle was not made for it.
+    """
+    if mode is None:
+        return manifest.mode
+    for made in manifest.modes:
+        if made == mode:
+            return made
+    raise ConfigError(
+        f"mode is {mode!r}, but bundle {manifest.name!r} was made for {', '.join(manifest.modes)}"
+    )
