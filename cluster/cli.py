@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cluster.costs_cli import costs
+from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
 from cluster.search_cli import as_search, search
 from cluster.training_cli import add_training
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(models, name="models")
 app.command()(costs)
+app.command()(ledger)
 app.command()(search)
 add_training(app)
 

@@ -4,6 +4,7 @@
     ├── ConfigError        400  a setting or an argument is wrong
     ├── WireError          400  bytes that are not a valid message
     ├── Unauthorized       401  token missing or wrong
+    ├── BudgetSpent        403  the privacy budget of an input source does not allow it
     ├── NotFound           404  unknown model, version or block
     ├── NotAllowed         405  a method the endpoint does not know
     ├── DeadlineExceeded   408  the deadline passed before the work began
@@ -59,6 +60,15 @@ class Unauthorized(DataMixError):
     """The token is missing or wrong."""
 
     status = 401
+
+
+class BudgetSpent(DataMixError):
+    """The privacy budget of an input source does not allow it; the device's own refusal.
+
+    No answer of a cloud becomes one: a 403 from there says nothing about the device's budget.
+    """
+
+    status = 403
 
 
 class NotFound(DataMixError):

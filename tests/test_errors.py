@@ -16,6 +16,7 @@ CLASSES = sorted(
 )
 STATUS = {
     "AnswerError": 502,
+    "BudgetSpent": 403,
     "BundleError": 500,
     "ConfigError": 400,
     "DataMixError": 500,
@@ -31,7 +32,7 @@ STATUS = {
     "WireError": 400,
 }
 # Raised on the side that notices; the other side sees what its status says to a device.
-LOCAL = {"ConfigError", "BundleError", "AnswerError", "DataMixError"}
+LOCAL = {"ConfigError", "BundleError", "AnswerError", "BudgetSpent", "DataMixError"}
 
 
 def test_every_class_has_its_status() -> None:
@@ -64,7 +65,7 @@ def test_whatever_a_proxy_says_when_nobody_computed_is_retryable(status: int) ->
     assert error.retryable
 
 
-@pytest.mark.parametrize("status", [0, 200, 204, 301, 402, 418, 501, 599, 999_999])
+@pytest.mark.parametrize("status", [0, 200, 204, 301, 402, 403, 418, 501, 599, 999_999])
 def test_an_unknown_status_is_an_error_that_is_not_retried(status: int) -> None:
     error = from_status(status, "odd")
     assert type(error) is DataMixError

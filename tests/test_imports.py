@@ -19,6 +19,7 @@ ALLOWED = {
 }
 # Modules that devices and load generators start by the thousand, or that every process imports.
 LIGHT = ["datamix.errors", "datamix.wire", "datamix.bundle", "edge.client", "cluster.cli"]
+LIGHT += ["edge.ledger", "edge.cache"]
 # A device without torch preprocesses and reads files.
 LIGHT += ["edge.preprocess", "edge.files", "edge.data", "edge.augment"]
 # The fleet runs real stems in `inputs` only, which it imports when asked for real inputs.
