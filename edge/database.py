@@ -216,6 +216,8 @@ class Database:
                     f"{self.layout.what} {self.path} cannot be read and written: {name}"
                 ) from None
             raise self.damaged(name) from None
+        except UnicodeDecodeError:  # not all that SQLite calls text is
+            raise self.damaged("a text in it is none") from None
 
 
 @contextlib.contextmanager

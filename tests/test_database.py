@@ -184,7 +184,7 @@ def test_a_forked_child_opens_its_own(path: Path) -> None:
         "note(1); held = opened._held; child = os.fork()\n"
         "if not child:\n"
         "    note(2); own = opened._held is not held; opened.close(); os._exit(0 if own else 1)\n"
-        "status = os.waitpid(child, 0)[1]; note(3); opened.close(); sys.exit(status)"
+        "status = os.waitpid(child, 0)[1]; note(3); opened.close(); sys.exit(status != 0)"
     )
     process = run(code, path)
     process.communicate(timeout=60)

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import asdict
 from fractions import Fraction
@@ -218,13 +219,8 @@ class Interleaved(RuleBasedStateMachine):
 
     SOURCES = ("door", "hall")
 
-    @initialize(
-        budgets=st.tuples(*[st.none() | st.floats(0, 100)] * 3),
-        folder=st.uuids(),
-    )
-    def open(self, budgets: tuple[float | None, ...], folder: object) -> None:
-        import tempfile
-
+    @initialize(budgets=st.tuples(*[st.none() | st.floats(0, 100)] * 3))
+    def open(self, budgets: tuple[float | None, ...]) -> None:
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "ledger.db"
         self.budgets = budgets
@@ -404,6 +400,30 @@ def test_a_row_that_makes_no_sense(path: Path, change: str) -> None:
     with pytest.raises(ConfigError, match="is damaged or no ledger at all: its pages or rows do"):
         Ledger(path, budget_bits=None)
     assert path.read_bytes() == content
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_damaged_ledger_is_refused_or_makes_sense(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "ledger.db"
+    with Ledger(path, budget_bits=None, clock=Clock()) as ledger:  # the same bytes each time
+        ledger.charge("door", 1.0, **CHARGE)
+    content = bytearray(path.read_bytes())
+    used = [index for index, byte in enumerate(content) if byte]  # elsewhere it says nothing
+    for index in data.draw(st.lists(st.sampled_from(used), min_size=1, max_size=3)):
+        content[index] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        with Ledger(path, budget_bits=None) as ledger:
+            rows, sources = ledger.report(), ledger.sources()
+            ledger.charge("door", 1.0, **CHARGE)
+    except ConfigError:
+        return
+    for value in (*rows, *sources):
+        assert value.source.isprintable() and 0 <= value.bits < math.inf
+        assert isinstance(value.unbounded, int) and value.unbounded >= 0
 
 
 def test_a_name_that_would_drive_a_terminal(path: Path) -> None:
