@@ -264,10 +264,14 @@ def _inode(path: Path) -> tuple[int, int] | None:
 
 
 def _make_private(path: Path) -> None:
-    if path.stat().st_mode & 0o077:
+    """Mode 0600 for the file, and for its log and index, which SQLite gives the mode it had."""
+    for file in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
         try:
-            path.chmod(0o600)
+            if file.stat().st_mode & 0o077:
+                file.chmod(0o600)
+        except FileNotFoundError:
+            continue
         except OSError as error:
             raise ConfigError(
-                f"others may read {path}, expected mode 0600: {error.strerror}"
+                f"others may read {file}, expected mode 0600: {error.strerror}"
             ) from None

@@ -81,8 +81,11 @@ def test_nobody_else_reads_it(path: Path) -> None:
     finally:
         os.umask(before)
     path.chmod(0o644)
-    add(path)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    opened = Database(path, LAYOUT)
+    files = list(path.parent.iterdir())
+    assert len(files) == 3
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    opened.close()
 
 
 def test_an_error_inside_undoes_everything(path: Path) -> None:
