@@ -421,7 +421,8 @@ def test_a_damaged_ledger_is_refused_or_makes_sense(
             ledger.charge("door", 1.0, **CHARGE)
     except ConfigError:
         return
-    for value in (*rows, *sources):
+    values: list[Row | Spent] = [*rows, *sources]
+    for value in values:
         assert value.source.isprintable() and 0 <= value.bits < math.inf
         assert isinstance(value.unbounded, int) and value.unbounded >= 0
 
