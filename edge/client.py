@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Coroutine
@@ -37,9 +39,13 @@ from edge.transport import StreamTransport, Transport, UnaryTransport
 
 if TYPE_CHECKING:
     from datamix.bundle import Manifest
+    from edge.cache import AnswerCache
+    from edge.ledger import Ledger
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
 
 
 class Client:
@@ -67,6 +73,10 @@ class Client:
         second: str | Transport | None = None,
         second_token: str | None = None,
         allow_same_operator: bool = False,
+        ledger: Ledger | None = None,
+        source: str = "device",
+        session: str | None = None,
+        cache: AnswerCache | None = None,
         config: ClientConfig | None = None,
     ) -> None:
         """Open the bundle; the cloud is contacted on the first inference.
@@ -84,6 +94,10 @@ class Client:
             second_token: bearer token for that one.
             allow_same_operator: in the mode split, go on where both ends seem to have one operator,
                 which is not private. Transports of one's own cannot be asked, so they need it.
+            ledger: where the bits of each input are charged before it leaves; None for nowhere.
+            source: whose inputs these are, for the ledger: what a budget belongs to.
+            session: a name for this client's life in the ledger; None for a random one.
+            cache: answers to inputs that came before, which are not sent again; None for none.
             config: timeouts, retries, concurrency.
 
         Raises:
@@ -100,6 +114,10 @@ class Client:
         self.promise = promise(manifest, check_mode(manifest, mode))
         self.mode = self.promise.mode
         self.config = config or ClientConfig()
+        self._ledger = ledger
+        self._source = source
+        self._session = session or secrets.token_hex(4)
+        self._cache = cache
         self._slots = asyncio.Semaphore(self.config.max_groups)
         ca = None if ca_file is None else os.fspath(ca_file)
         self._operators: Operators | None = None
@@ -207,13 +225,30 @@ class Client:
         Raises:
             ConfigError: the inputs do not have the bundle's shape, or the two ends of the mode
                 split seem to have one operator.
+            BudgetSpent: the ledger allows no more of this source; nothing was sent.
             DataMixError: the cloud could not be made to answer in time; see
                 :mod:`datamix.errors`.
         """
+        if self._cache is None or not len(inputs):
+            return await self._infer(inputs)
+        hits, outputs = await asyncio.to_thread(self._cache.lookup, inputs)
+        if not hits.all():
+            # Of inputs that repeat within this call, too, one is sent.
+            rows = np.flatnonzero(~hits)
+            first, copies = _distinct(inputs[rows])
+            fresh = inputs[rows[first]]
+            found = await self._infer(fresh)
+            await asyncio.to_thread(self._cache.store, fresh, found)
+            outputs[rows] = found[copies]
+        return outputs
+
+    async def _infer(self, inputs: Array) -> Floats:
+        """Infer inputs that nobody knows the answers of."""
         prepared = self.device.preprocess(inputs)
         if not len(prepared):
             return np.empty((0, len(self.device.manifest.class_names)), np.float32)
         await self._check_operators()
+        await self._charge(len(prepared))
         features = await asyncio.to_thread(self.device.stem, prepared)
         size = self.device.manifest.group_size
         if missing := -len(features) % size:
@@ -235,6 +270,24 @@ class Client:
         outputs = np.empty((len(features), len(self.device.manifest.class_names)), np.float32)
         outputs[order] = np.concatenate([task.result() for task in groups])
         return outputs[: len(inputs)]
+
+    async def _charge(self, inputs: int) -> None:
+        """Spend the bits of so many inputs; decoys tell nothing."""
+        if self._ledger is None:
+            return
+        manifest = self.device.manifest
+        spent = await asyncio.to_thread(
+            self._ledger.charge,
+            self._source,
+            self.promise.bits_per_input * inputs,
+            inputs=inputs,
+            rounds=len(manifest.blocks),
+            bundle=manifest.name,
+            mode=self.mode,
+            session=self._session,
+        )
+        if spent.warning:
+            _logger.warning("%s", spent.warning)
 
     async def _infer_group(self, features: Floats) -> Floats:
         """Drive one group's session; every round is one request."""
@@ -293,6 +346,20 @@ class Client:
     async def _check_operators(self) -> None:
         if self._operators is not None:
             await self._operators.check()
+
+
+def _distinct(inputs: Array) -> tuple[list[int], list[int]]:
+    """Where each distinct row stands first, and for each row which of these it equals."""
+    seen: dict[bytes, int] = {}
+    first: list[int] = []
+    copies: list[int] = []
+    for row, value in enumerate(inputs):
+        key = value.tobytes()
+        if key not in seen:
+            seen[key] = len(first)
+            first.append(row)
+        copies.append(seen[key])
+    return first, copies
 
 
 def _open(url: str | Transport, manifest: Manifest, access: Access, kind: str) -> Transport:

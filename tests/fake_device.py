@@ -7,7 +7,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from datamix.bundle import ArchitectureSpec, BlockShape, ImagePreprocessing, Manifest
+from datamix.bundle import (
+    ArchitectureSpec,
+    BlockShape,
+    BoundedSpec,
+    ImagePreprocessing,
+    Manifest,
+    SplitSpec,
+)
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -21,7 +28,12 @@ SHAPES = (((2, 3, 3), (3, 2, 2)), ((1, 3, 4), (2, 1, 3)))
 
 
 def make_manifest(
-    *, mode: Mode = "mix", group_size: int = GROUP, rounds: int = 2, name: str = "echo"
+    *,
+    mode: Mode = "mix",
+    group_size: int = GROUP,
+    rounds: int = 2,
+    name: str = "echo",
+    all_modes: bool = False,
 ) -> Manifest:
     return Manifest(
         schema_version=1,
@@ -37,6 +49,8 @@ def make_manifest(
         tolerance=0.01,
         metrics={},
         hashes={"device.safetensors": "0" * 64, "backbone.safetensors": "1" * 64},
+        split=SplitSpec(sigma=100.0, wire_dtype="float32", tolerance=0.01) if all_modes else None,
+        bounded=BoundedSpec(sigma=0.5) if all_modes else None,
     )
 
 

@@ -1,0 +1,146 @@
+"""Sigma, wire type and tolerance of the mode split, chosen together for a network and checked.
+
+More noise leaks less, and what rounds the sum of features and noise costs exactness. So sigma is
+the smallest that keeps the bound on what operator A learns of an input, and the wire's type the
+smallest with which the de-noised outputs are as exact as they are told to be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from datamix.bundle import SplitSpec
+from datamix.errors import ConfigError
+from datamix.models import SplitModel
+from datamix.noise import gaussians
+from edge.masks import Mask, Masks, draw_seeds
+from edge.modes import Split
+
+Floats = npt.NDArray[np.float32]
+WireType = Literal["float16", "float32"]
+
+BITS_PER_INPUT = 0.05
+"""Most that operator A may learn of one input, all rounds together, unless asked otherwise."""
+
+TOLERANCE = 0.5
+"""Largest deviation of one value of a block's output that is put up with, relative to max(1,
+|value|). What it does to the accuracy is measured (`datamix evaluate --mode split`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How exact one combination is.
+
+    Attributes:
+        spec: the combination; its tolerance is twice the largest error, as the manifest's is.
+        error: root mean square of the errors of the blocks' outputs, the worst block's.
+    """
+
+    spec: SplitSpec
+    error: float
+
+
+def sigma_for(values: int, bits: float) -> float:
+    """The smallest sigma, in two significant digits, at which ``values`` leak ``bits`` at most.
+
+    Solves ``values / 2 * log2(1 + 1 / sigma^2) = bits``.
+
+    Raises:
+        ConfigError: ``bits`` is not positive and finite.
+    """
+    if not 0 < bits < math.inf:
+        raise ConfigError(f"bits is {bits}, expected more than 0, finite")
+    exact = 1 / math.sqrt(math.expm1(2 * math.log(2) * bits / values))
+    step = 10.0 ** (math.floor(math.log10(exact)) - 1)
+    return float(f"{math.ceil(exact / step - 1e-9) * step:.6g}")
+
+
+def choose(model: SplitModel, inputs: Floats, bits: float = BITS_PER_INPUT) -> SplitSpec:
+    """The combination for a network with linear blocks.
+
+    Args:
+        model: in eval mode.
+        inputs: (n, *input_shape) float32, preprocessed, to measure errors with.
+        bits: most that operator A may learn of one input.
+
+    Raises:
+        ConfigError: the blocks are not linear, or no wire type is exact enough at this sigma.
+    """
+    values = sum(math.prod(shape) for shape in _input_shapes(model, inputs[:1]))
+    sigma = sigma_for(values, bits)
+    fits = [measure(model, inputs, sigma, wire_dtype) for wire_dtype in ("float16", "float32")]
+    for fit in fits:
+        if fit.spec.tolerance <= TOLERANCE:
+            return fit.spec
+    raise ConfigError(
+        f"at sigma {sigma:g} float32 on the wire leaves errors of {fits[-1].spec.tolerance:.2g},"
+        f" expected at most {TOLERANCE}: allow more bits"
+    )
+
+
+def measure(model: SplitModel, inputs: Floats, sigma: float, wire_dtype: WireType) -> Fit:
+    """Compare de-noised outputs with exact ones, block by block, errors of earlier rounds included.
+
+    Raises:
+        ConfigError: the blocks are not linear.
+    """
+    if not model.linear:
+        raise ConfigError("the blocks are not linear, expected linear ones: noise would not cancel")
+    worst, error = 0.0, 0.0
+    with torch.inference_mode():
+        exact = model.stem(torch.from_numpy(inputs))
+        sent = exact.numpy()
+        for index, block in enumerate(model.blocks):
+            if index:
+                exact = model.bridges[index - 1](exact)
+                sent = model.bridges[index - 1](torch.from_numpy(sent)).numpy()
+            exact = block(exact)
+            sent = _round_trip(block, sent, sigma, wire_dtype)
+            off = np.abs(sent - exact.numpy())
+            worst = max(worst, float((off / np.maximum(1, np.abs(exact.numpy()))).max()))
+            error = max(error, float(np.sqrt(np.square(off).mean())))
+    tolerance = float(f"{min(1.0, max(1e-6, 2 * worst)):.2g}")
+    return Fit(SplitSpec(sigma=sigma, wire_dtype=wire_dtype, tolerance=tolerance), error)
+
+
+def local_masks(
+    blocks: Sequence[torch.nn.Module], shapes: Sequence[tuple[int, ...]], rows: int
+) -> Masks:
+    """Masks whose answers are computed here, where there is no second operator to ask.
+
+    For measuring only: a device has no backbone.
+    """
+    masks = []
+    for block, shape in zip(blocks, shapes, strict=True):
+        seeds = draw_seeds(rows)
+        noise = np.stack([gaussians(seed.tobytes(), shape) for seed in seeds])
+        with torch.inference_mode():
+            answer = block(torch.from_numpy(noise.astype(np.float32))).numpy()
+        masks.append(Mask(noise, answer))
+    return Masks(masks)
+
+
+def _round_trip(block: torch.nn.Module, rows: Floats, sigma: float, wire_dtype: WireType) -> Floats:
+    masks = local_masks([block], [rows.shape[1:]], len(rows))
+    leaving, secret = Split(sigma, masks).protect(0, rows)
+    answer = block(torch.from_numpy(leaving.astype(wire_dtype).astype(np.float32))).numpy()
+    return secret.restore(answer.astype(wire_dtype).astype(np.float32))
+
+
+def _input_shapes(model: SplitModel, one: Floats) -> list[tuple[int, ...]]:
+    shapes = []
+    with torch.inference_mode():
+        features = model.stem(torch.from_numpy(one))
+        for index, block in enumerate(model.blocks):
+            if index:
+                features = model.bridges[index - 1](features)
+            shapes.append(tuple(features.shape[1:]))
+            features = block(features)
+    return shapes
