@@ -283,6 +283,9 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(help="Folder of the data set; else $DATAMIX_DATA.")
     ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="mix, bounded or split; else the bundle's own.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Processor threads.")] = 1,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file.")
@@ -298,7 +301,7 @@ def evaluate(
         test = sample_for(read_manifest(bundle).preprocessing)
     else:
         test = load_dataset(dataset, "test", data)
-    found = run(bundle, test, threads=threads)
+    found = run(bundle, test, threads=threads, mode=mode)
     print(table(found))
     if json_path is not None:
         json_path.write_text(json.dumps(found.to_json(), indent=2) + "\n")

@@ -14,9 +14,13 @@ import torch
 from datamix.bundle import load_backbone
 from datamix.errors import ConfigError
 from datamix.models import Architecture, build, count_flops
+from datamix.wire import Dtype, dequantise, quantise
 from edge.data import Dataset
+from edge.modes import mode_of, split_dtype
+from edge.promises import check_mode
 from edge.runtime import TorchDevice
 from edge.session import infer_group
+from edge.splitting import local_masks
 
 Floats = npt.NDArray[np.float32]
 _CHUNK = 512
@@ -28,7 +32,8 @@ class Evaluation:
 
     Attributes:
         accuracy_unmixed: the network without mixing or rounding.
-        accuracy_mixed: mixed with fresh coefficients, features rounded to float16 both ways.
+        accuracy_mixed: as deployed: protected with fresh secrets, features rounded by the wire both
+            ways.
         accuracy_edge_only: stem and a head of its own without the cloud, as recorded at training
             on the whole test split, not measured again; None where the bundle doesn't say.
         edge_flops_share: the device's share of FLOPs, mixing included.
@@ -37,7 +42,7 @@ class Evaluation:
         n: how many inputs were evaluated.
         group_size: K.
         rounds: trips to the cloud per inference.
-        mode: which one the bundle was trained for.
+        mode: what protected the features.
         accuracy_by_class: of the mixed network, for each class that has inputs.
     """
 
@@ -64,7 +69,7 @@ def table(found: Evaluation) -> str:
         ("inputs", f"{found.n}"),
         ("mode, group size, rounds", f"{found.mode}, {found.group_size}, {found.rounds}"),
         ("accuracy unmixed", f"{found.accuracy_unmixed:.2%}"),
-        ("accuracy mixed, float16 wire", f"{found.accuracy_mixed:.2%}"),
+        ("accuracy mixed, as deployed", f"{found.accuracy_mixed:.2%}"),
         (
             "accuracy edge only (recorded at training)",
             "not recorded" if edge_only is None else f"{edge_only:.2%}",
@@ -77,19 +82,36 @@ def table(found: Evaluation) -> str:
     return "\n".join(f"{label:<{width}}  {value}" for label, value in lines)
 
 
-def evaluate(bundle: str | Path, data: Dataset, *, threads: int = 1, seed: int = 0) -> Evaluation:
+def evaluate(
+    bundle: str | Path,
+    data: Dataset,
+    *,
+    threads: int = 1,
+    seed: int = 0,
+    mode: str | None = None,
+) -> Evaluation:
     """Evaluate a bundle on ``data``, all on this machine.
 
     Groups are drawn at random from ``seed``, so that no group is of one class by the file's order;
     the last one is filled up with inputs that are not counted. Coefficients are fresh and come
     from the operating system's entropy, so the mixed accuracy moves by a few inputs between runs.
 
+    Args:
+        bundle: folder or URI.
+        data: labelled inputs.
+        threads: for torch.
+        seed: of the order of the inputs.
+        mode: what protects the features; None for the bundle's own mode. In the mode split both
+            operators are played here.
+
     Raises:
         BundleError: a bundle that can't be read or trusted.
-        ConfigError: inputs or classes that don't fit the bundle, or several labels per input.
+        ConfigError: inputs or classes that don't fit the bundle, several labels per input, or a
+            mode that the bundle was not made for.
     """
     device = TorchDevice(bundle, threads)
     manifest, blocks = load_backbone(bundle)
+    mode = check_mode(manifest, mode)
     if data.multilabel:
         raise ConfigError(f"{data.name} has several labels per input, expected one to count")
     if data.class_names != manifest.class_names:
@@ -105,7 +127,7 @@ def evaluate(bundle: str | Path, data: Dataset, *, threads: int = 1, seed: int =
         features = device.stem(device.preprocess(data.inputs[filled]))
         labels = data.labels[chosen]
         unmixed = _unmixed(device, blocks, features)[: len(chosen)]
-        mixed = _mixed(device, blocks, features)[: len(chosen)]
+        mixed = _mixed(device, blocks, features, mode)[: len(chosen)]
         right_unmixed += int((unmixed.argmax(1) == labels).sum())
         right += np.bincount(labels[mixed.argmax(1) == labels], minlength=len(right))
         there += np.bincount(labels, minlength=len(there))
@@ -122,7 +144,7 @@ def evaluate(bundle: str | Path, data: Dataset, *, threads: int = 1, seed: int =
         n=len(data),
         group_size=manifest.group_size,
         rounds=len(manifest.blocks),
-        mode=manifest.mode,
+        mode=mode,
         accuracy_by_class={
             name: float(right[index] / there[index])
             for index, name in enumerate(data.class_names)
@@ -139,16 +161,21 @@ def _unmixed(device: TorchDevice, blocks: torch.nn.ModuleList, features: Floats)
     return device.head(features)
 
 
-def _mixed(device: TorchDevice, blocks: torch.nn.ModuleList, features: Floats) -> Floats:
+def _mixed(device: TorchDevice, blocks: torch.nn.ModuleList, features: Floats, mode: str) -> Floats:
     """Drive the device's own sessions, one per group, all in step: the cloud gets one batch."""
-    size = device.manifest.group_size
-    sessions = [
-        infer_group(device, features[at : at + size]) for at in range(0, len(features), size)
-    ]
+    manifest = device.manifest
+    size = manifest.group_size
+    dtype = split_dtype(manifest, None) if mode == "split" else manifest.wire_dtype
+    shapes = [block.input_shape for block in manifest.blocks]
+    sessions = []
+    for at in range(0, len(features), size):
+        masks = local_masks(list(blocks), shapes, size) if mode == "split" else None
+        protection = mode_of(manifest, mode, masks)
+        sessions.append(infer_group(device, features[at : at + size], protection))
     rounds = [next(session) for session in sessions]
     for index, block in enumerate(blocks):
-        sent = _float16(np.concatenate([round_.features for round_ in rounds]))
-        answers = _groups(_float16(_run(block, sent)), size)
+        sent = _rounded(np.concatenate([round_.features for round_ in rounds]), dtype)
+        answers = _groups(_rounded(_run(block, sent), dtype), size)
         if index < len(blocks) - 1:
             rounds = [s.send(answer) for s, answer in zip(sessions, answers, strict=True)]
         else:
@@ -169,9 +196,9 @@ def _finish(session: Any, answer: Floats) -> Floats:
     raise RuntimeError("the session asked for more rounds than the bundle has blocks")
 
 
-def _float16(features: Floats) -> Floats:
+def _rounded(features: Floats, dtype: Dtype) -> Floats:
     """What the wire does to features, each way."""
-    return features.astype(np.float16).astype(np.float32)
+    return dequantise(*quantise(features, dtype))
 
 
 def _run(block: torch.nn.Module, features: Floats) -> Floats:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from datamix.bundle import ArchitectureSpec, Manifest, save_bundle
+from datamix.bundle import ArchitectureSpec, BoundedSpec, Manifest, save_bundle
 from datamix.errors import ConfigError
 from datamix.models import SplitModel, count_flops
 from edge.accuracy import accuracy
@@ -30,10 +30,12 @@ from edge.networks import architecture_for
 from edge.preprocess import preprocessor
 from edge.runs import check_fit, edge_only, fit_method, on_cpu
 from edge.settings import TrainConfig
+from edge.splitting import choose
 from edge.weights import keep
 from edge.workers import Alone, Workers
 
 WEIGHTS = "weights.pt"
+_SPLIT_INPUTS = 1000  # to choose how two operators would serve the network
 
 
 def train(
@@ -190,6 +192,11 @@ def save_trained(
     if fitted.history and fitted.history[-1].accuracy is not None:
         metrics["accuracy_validation"] = fitted.history[-1].accuracy
     tolerance = measure_tolerance(model, training, config.group_size, config.seed)
+    bounded = BoundedSpec(sigma=config.noise_sigma) if config.method == "bounded" else None
+    split = None
+    if model.linear and bounded is None:
+        some = test.inputs[: min(_SPLIT_INPUTS, len(test))]
+        split = choose(model, preprocessor(test.preprocessing)(some))
     architecture = architecture_for(config.method, config.architecture)
 
     def save(path: Path, **measured: float) -> Manifest:
@@ -207,11 +214,12 @@ def save_trained(
             class_names=training.class_names,
             tolerance=float(f"{tolerance:.2g}"),
             metrics={**measured, **metrics},
+            split=split,
+            bounded=bounded,
         )
 
-    # The bundle's own evaluation adds no noise, which would flatter it, and counts one class per
-    # input.
-    if config.method == "bounded" or test.multilabel:
+    # The bundle's own evaluation counts one class per input.
+    if test.multilabel:
         settings = on_cpu(config)
         mixing = Mixing(config.group_size, noise_sigma=config.noise_sigma, wire="float16")
         return save(

@@ -56,8 +56,8 @@ def device(**changes: Any) -> FakeDevice:
 
 
 def client(first: Operator, second: Operator, **options: Any) -> Client:
-    options = {"config": QUICK, "mode": "split", "allow_same_operator": True} | options
-    return Client(first.transport, device(), second=second.transport, **options)
+    usual: dict[str, Any] = {"config": QUICK, "mode": "split", "allow_same_operator": True}
+    return Client(first.transport, device(), second=second.transport, **(usual | options))
 
 
 @asynchronous
@@ -197,15 +197,10 @@ async def test_sizes_and_counts_do_not_depend_on_the_data(mode: str) -> None:
     sizes = []
     for inputs in (np.zeros((GROUP, 1, 2, 3), np.uint8), raw_inputs(GROUP), raw_inputs(1)):
         operators = [Operator(), Operator()]
-        two = {"second": operators[1].transport, "allow_same_operator": True}
-        own = Client(
-            operators[0].transport,
-            device(),
-            mode=mode,
-            config=QUICK,
-            **(two if mode == "split" else {}),
-        )
-        async with own:
+        options: dict[str, Any] = {"mode": mode, "config": QUICK}
+        if mode == "split":
+            options |= {"second": operators[1].transport, "allow_same_operator": True}
+        async with Client(operators[0].transport, device(), **options) as own:
             await own.infer(inputs)
         # The deadline's digits may differ by one; nothing else may.
         sizes.append([[len(body) // 16 for body in operator.bodies] for operator in operators])

@@ -101,7 +101,7 @@ def test_a_broken_mixing_would_show(
     tmp_path: Path, model: SplitModel, relabelled: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = save(tmp_path / "b", model, relabelled)
-    monkeypatch.setattr("edge.session.demix", lambda mixtures, coefficients: mixtures)
+    monkeypatch.setattr("edge.modes.demix", lambda mixtures, coefficients: mixtures)
     found = evaluate(bundle, relabelled)
     assert found.accuracy_mixed < found.accuracy_unmixed - 0.2
 
