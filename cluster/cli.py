@@ -8,6 +8,7 @@ Exit codes: 0 done; 1 failed, with one sentence on stderr; 2 wrong usage or sett
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -244,24 +245,62 @@ def infer(
         Literal["auto", "onnx", "torch"],
         typer.Option(help="What runs stem and head; auto: onnx where exported and installed."),
     ] = "auto",
+    mode: Annotated[
+        str | None, typer.Option(help="mix, bounded or split; else the bundle's own.")
+    ] = None,
+    second: Annotated[
+        str | None, typer.Option(help="Base URL of operator B, for split; url is operator A's.")
+    ] = None,
+    second_token_file: Annotated[
+        Path | None, typer.Option(help="File with operator B's bearer token.")
+    ] = None,
+    allow_same_operator: Annotated[
+        bool, typer.Option(help="Go on where both ends have one operator: NOT private.")
+    ] = False,
+    ledger: Annotated[
+        Path | None, typer.Option(help="File where the bits of each input are charged.")
+    ] = None,
+    budget_bits: Annotated[
+        float | None, typer.Option(help="Most bits for this source, with a ledger.")
+    ] = None,
+    source: Annotated[str, typer.Option(help="Whose inputs these are, in the ledger.")] = "infer",
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write classes and outputs to this file.")
     ] = None,
 ) -> None:
-    """Classify files through the cloud; prints a class per input."""
+    """Classify files through the cloud; prints a class per input, and what that was worth."""
     from edge.client import ClientConfig, SyncClient
     from edge.device import open_device
     from edge.files import read_inputs
+    from edge.ledger import Ledger
 
     device = open_device(bundle, runtime=runtime)
     names, inputs = read_inputs(files, device.manifest.preprocessing)
-    patience = ClientConfig(timeout_s=timeout)
-    with SyncClient(
-        url, device, token=_token(token_file), ca_file=ca_file, config=patience
-    ) as client:
+    if budget_bits is not None and ledger is None:
+        raise ConfigError("budget_bits came without a ledger, expected --ledger with a file")
+    with contextlib.ExitStack() as stack:
+        book = None
+        if ledger is not None:
+            book = stack.enter_context(Ledger(ledger, budget_bits=budget_bits))
+        client = stack.enter_context(
+            SyncClient(
+                url,
+                device,
+                token=_token(token_file),
+                ca_file=ca_file,
+                mode=mode,
+                second=second,
+                second_token=None if second_token_file is None else _token(second_token_file),
+                allow_same_operator=allow_same_operator,
+                ledger=book,
+                source=source,
+                config=ClientConfig(timeout_s=timeout),
+            )
+        )
         outputs = client.infer(inputs)
+        print(client.client.privacy, file=sys.stderr)
     classes = [device.manifest.class_names[i] for i in outputs.argmax(axis=1)]
     for name, found in zip(names, classes, strict=True):
         print(f"{name}: {found}")

@@ -161,6 +161,13 @@ class Client:
         return self._operators.same
 
     @property
+    def privacy(self) -> str:
+        """The mode, its promise and its known break, in a sentence or two."""
+        if self.not_private is not None:
+            return f"NOT PRIVATE: {self.not_private}. {self.promise.text}"
+        return f"{self.promise.text}; known break: {self.promise.known_break}"
+
+    @property
     def retries(self) -> int:
         """Attempts made beyond the first of each request, at all ends."""
         return sum(end.retries for end in self._ends)
