@@ -50,7 +50,7 @@ def main(path: str, count: int, mode: str) -> None:
             note("seed", seed.tobytes())
         return drawn
 
-    modes.haar = noted_haar
+    vars(modes)["haar"] = noted_haar
     masks.draw_seeds = noted_seeds
     protect = modes.share
 
