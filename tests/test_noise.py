@@ -144,9 +144,7 @@ def test_rows_halves_and_neighbours_are_not_alike() -> None:
 
 
 @pytest.mark.parametrize("word", [0, (1 << 64) - 1])
-def test_the_outermost_words_give_finite_values(
-    word: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_outermost_words_give_finite_values(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from cryptography.hazmat.primitives import ciphers
 
     class Stuck:
