@@ -53,7 +53,7 @@ class Seeds:
         self._limit = limit
         # Neither seeds nor ids are kept, but digests under a key that nobody knows: how long a
         # look-up takes, or how digests collide, then tells nothing about them.
-        self._key = secrets.token_bytes(32)
+        self._keyed = hashlib.blake2b(digest_size=_DIGEST_BYTES, key=secrets.token_bytes(32))
         self._owners: OrderedDict[bytes, bytes] = OrderedDict()
 
     def __len__(self) -> int:
@@ -83,7 +83,9 @@ class Seeds:
             self._owners.popitem(last=False)
 
     def _digest(self, data: bytes) -> bytes:
-        return hashlib.blake2b(data, digest_size=_DIGEST_BYTES, key=self._key).digest()
+        digest = self._keyed.copy()
+        digest.update(data)
+        return digest.digest()
 
 
 class Expander:

@@ -92,10 +92,10 @@ def test_the_map_is_what_its_description_says(seed: bytes, count: int) -> None:
 @given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 4), st.just(32))), shapes)
 def test_rows_are_expanded_one_by_one(drawn: noise.Array, shape: tuple[int, ...]) -> None:
     rows = noise.to_rows(drawn)
-    assert (rows.dtype, rows.tobytes()) == (np.int8, drawn.tobytes())
+    assert rows.dtype == np.int8 and rows.tobytes() == drawn.tobytes()
     assert noise.from_rows(rows) == noise.from_rows(drawn) == [row.tobytes() for row in drawn]
     expanded = noise.expand_rows(rows, shape)
-    assert (expanded.shape, expanded.dtype) == ((len(drawn), *shape), np.float32)
+    assert expanded.shape == (len(drawn), *shape) and expanded.dtype == np.float32
     for row, seed in zip(expanded, noise.from_rows(rows), strict=True):
         np.testing.assert_array_equal(row, noise.expand(seed, shape))
         np.testing.assert_array_equal(row.ravel(), noise.expand(seed, (row.size,)))

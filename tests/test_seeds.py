@@ -16,6 +16,7 @@ import torch
 from datamix import wire
 from datamix.bundle import ArchitectureSpec, ImagePreprocessing, load_backbone, save_bundle
 from datamix.errors import Conflict, Overloaded, Unavailable
+from datamix.framing import Array
 from datamix.models import Architecture, build
 from datamix.noise import expand_rows
 from deployments import seeds as module
@@ -49,7 +50,7 @@ def run(test: Callable[[Cloud], Awaitable[None]], config: Config = CONFIG) -> No
     asyncio.run(go())
 
 
-def seeds_of(seed: int, rows: int = 2) -> wire.Array:
+def seeds_of(seed: int, rows: int = 2) -> Array:
     return np.random.default_rng(seed).integers(0, 256, (rows, 32), dtype=np.uint8)
 
 
@@ -104,7 +105,7 @@ def test_what_the_share_and_the_noise_give_together_is_the_blocks_output(tmp_pat
                 second = await ask(stream, message)  # a retry, by the other way
                 assert reply.status == second.status == 200
                 assert second.request_id == f"n{index}"
-                assert (second.features.dtype, second.block) == (np.float32, index)
+                assert second.features.dtype == np.float32 and second.block == index
                 np.testing.assert_allclose(
                     wire.decode_response(reply.body).features, second.features, atol=1e-5
                 )
@@ -151,9 +152,7 @@ def test_the_operator_tells_its_name() -> None:
 # --- what it refuses ----------------------------------------------------------------------------
 
 
-def arrow(
-    values: wire.Array, scale: list[float] | None, noise: str = "1", shape: Any = None
-) -> bytes:
+def arrow(values: Array, scale: list[float] | None, noise: str = "1", shape: Any = None) -> bytes:
     """A message of noise as a stranger may write it."""
     size = int(np.prod(values.shape[1:]))
     flat = pa.array(values.reshape(-1))
@@ -272,7 +271,7 @@ class Hold:
         self.open = threading.Event()
         monkeypatch.setattr(module, "expand_rows", self)
 
-    def __call__(self, rows: wire.Array, shape: tuple[int, ...]) -> wire.Array:
+    def __call__(self, rows: Array, shape: tuple[int, ...]) -> Array:
         assert self.open.wait(10)
         return expand_rows(rows, shape)
 
@@ -361,7 +360,7 @@ def test_a_deadline_that_passed_is_told() -> None:
 def test_a_fault_in_the_expansion_is_one_requests(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(rows: wire.Array, shape: tuple[int, ...]) -> wire.Array:
+    def fail(rows: Array, shape: tuple[int, ...]) -> Array:
         raise RuntimeError(f"secret {rows}")
 
     monkeypatch.setattr(module, "expand_rows", fail)

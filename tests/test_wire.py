@@ -215,10 +215,10 @@ def not_finite(dtype: str, value: float) -> bytes:
 
 
 ONES = np.ones(2, np.float32)
-SEEDS = np.frombuffer(SECRET.encode() * 8, np.int8).reshape(2, 32)
+SEED_ROWS = np.frombuffer(SECRET.encode() * 8, np.int8).reshape(2, 32)
 
 
-def seeded(values: Array = SEEDS, scale: Array | None = ONES, noise: str = "1") -> bytes:
+def seeded(values: Array = SEED_ROWS, scale: Array | None = ONES, noise: str = "1") -> bytes:
     """A request for noise; good by default."""
     columns = {"features": tensors(values)}
     if scale is not None:
@@ -381,7 +381,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], type[DataMixError]]] = {
     "seeds scaled a little": (lambda: seeded(scale=f32(1, 1.0000001)), WireError),
     "seeds scaled to nothing": (lambda: seeded(scale=f32(0, 1)), WireError),
     "seeds scaled by NaN": (lambda: seeded(scale=f32(1, np.nan)), NonFinite),
-    "seeds without rows": (lambda: seeded(SEEDS[:0], SEEDS[:0, 0]), WireError),
+    "seeds without rows": (lambda: seeded(SEED_ROWS[:0], SEED_ROWS[:0, 0]), WireError),
     # values
     "float16 NaN": (lambda: not_finite("float16", np.nan), NonFinite),
     "float16 Inf": (lambda: not_finite("float16", np.inf), NonFinite),
@@ -852,13 +852,13 @@ def test_seeds_come_out_as_they_went_in(
 def test_seeds_that_a_stranger_wrote_are_read_too() -> None:
     for body in (seeded(), seeded()):
         request = wire.decode_request(body)
-        assert request.noise and request.features.tobytes() == SEEDS.tobytes()
+        assert request.noise and request.features.tobytes() == SEED_ROWS.tobytes()
 
 
 def test_int8_features_of_a_seeds_shape_are_no_seeds() -> None:
-    seeds = SEEDS.view(np.uint8)
+    seeds = SEED_ROWS.view(np.uint8)
     wire.decode_request(wire.encode_noise_request(seeds, request_id="a"))
-    plain = wire.encode_request(SEEDS.astype(np.float32), request_id="a", dtype="int8")
+    plain = wire.encode_request(SEED_ROWS.astype(np.float32), request_id="a", dtype="int8")
     request = wire.decode_request(plain)
     assert (request.noise, request.dtype) == (False, "int8")
 
