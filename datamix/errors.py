@@ -8,6 +8,7 @@
     ├── NotFound           404  unknown model, version or block
     ├── NotAllowed         405  a method the endpoint does not know
     ├── DeadlineExceeded   408  the deadline passed before the work began
+    ├── Conflict           409  a seed of noise that was used before
     ├── TooLarge           413  more bytes or rows than allowed
     ├── Unsupported        415  a media type the cloud does not read
     ├── NonFinite          422  NaN or Inf among the values
@@ -89,6 +90,12 @@ class DeadlineExceeded(DataMixError):
     status = 408
 
 
+class Conflict(DataMixError):
+    """A seed of noise that another request has used."""
+
+    status = 409
+
+
 class TooLarge(DataMixError):
     """More bytes or rows than the receiver accepts."""
 
@@ -139,6 +146,7 @@ _BY_STATUS: dict[int, type[DataMixError]] = {
     404: NotFound,
     405: NotAllowed,
     408: DeadlineExceeded,
+    409: Conflict,
     413: TooLarge,
     415: Unsupported,
     422: NonFinite,

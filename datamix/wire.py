@@ -27,7 +27,7 @@ from datamix.framing import DTYPE_OF, Array, Buffer, Template, Values, frame, te
 from datamix.framing import DTYPES as DTYPES  # part of this module's interface
 from datamix.framing import Dtype as Dtype
 from datamix.noise import MAP as NOISE_MAP
-from datamix.noise import SEED_BYTES
+from datamix.noise import SEED_BYTES, to_rows
 from datamix.unframing import Reader
 
 PROTOCOL = "1"
@@ -275,13 +275,9 @@ def encode_noise_request(
     Raises:
         WireError: the id, a name, a number or the seeds cannot travel.
     """
-    if seeds.ndim != 2 or seeds.shape[1] != SEED_BYTES or seeds.dtype != np.uint8 or not len(seeds):
-        raise WireError(
-            f"seeds have shape {seeds.shape} of {seeds.dtype}, expected (rows, {SEED_BYTES}) uint8"
-        )
+    rows = to_rows(seeds)
     values, fields = _request_fields(request_id, model, model_version, block, deadline_s, priority)
-    layout = template("int8", seeds.shape, (*fields, ("datamix.noise", NOISE_MAP)))
-    rows = np.ascontiguousarray(seeds).view(np.int8)
+    layout = template("int8", rows.shape, (*fields, ("datamix.noise", NOISE_MAP)))
     return b"".join(layout.fill(values, rows, np.ones(len(rows), np.float32)))
 
 
@@ -353,8 +349,8 @@ def _is_noise(metadata: Values) -> bool:
 def _check_seeds(features: Array, scale: Array | None) -> None:
     if features.shape[1:] != (SEED_BYTES,) or scale is None or not (scale == 1).all():
         raise WireError(
-            f"rows of noise are int8 seeds of shape ({SEED_BYTES},) with scale 1, got"
-            f" {features.dtype} of shape {features.shape[1:]}"
+            f"rows of noise have another form, expected int8 seeds of shape ({SEED_BYTES},) with"
+            " scales of 1"
         )
 
 

@@ -36,6 +36,7 @@ class Admission:
         """Let requests in to the models of ``backbone``."""
         self.traffic = backbone.traffic
         self._catalog = backbone.catalog
+        self._expander = backbone.expander
         self._clock = backbone.clock
         self._max_bytes = backbone.config.max_request_bytes
         self._max_rows = backbone.config.max_request_rows
@@ -72,7 +73,11 @@ class Admission:
             deadline=None if deadline_s is None else self._clock() + deadline_s,
             priority=request.priority,
         )
-        model.batcher.offer(job)
+        if request.noise:
+            shape = model.engine.blocks[request.block].input_shape
+            self._expander.offer(model.batcher, request, job, shape)
+        else:
+            model.batcher.offer(job)
         return job
 
     def count(self, model: ServedModel | None, outcome: bytes | DataMixError) -> None:

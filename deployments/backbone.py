@@ -25,6 +25,7 @@ from deployments.config import Config
 from deployments.metrics import Backend, RayBackend, Traffic, TrafficRecorder
 from deployments.peers import Peers, RayPeers, announce
 from deployments.protocol import Protocol
+from deployments.seeds import Expander
 from deployments.store import RayStore, Store
 from deployments.streams import Streams
 from deployments.table import Table, read_table
@@ -32,6 +33,7 @@ from deployments.tokens import Tokens
 
 _PUBLISH_PERIOD_S = 1.0
 _FOLLOW_PERIOD_S = 2.0
+_EXTENSIONS = ("datamix_arrow", "datamix_stream", "datamix_stats", "datamix_noise")
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class Backbone:
         self._backend = backend or RayBackend()
         self._store = store or RayStore(_application())
         self.catalog = Catalog(config, self._backend, loop, self.clock, self._read_table())
+        self.expander = Expander(config, loop, self.clock)
         self.streams = Streams(config, self.traffic, self.tokens, self.clock)
         self.streams.start()
         self._replica = secrets.token_hex(4)
@@ -107,6 +110,7 @@ class Backbone:
         try:
             await self.catalog.close(timeout_s)
         finally:
+            self.expander.close()
             self.streams.stop()
             for task in self._tasks:
                 task.cancel()
@@ -180,7 +184,8 @@ class Backbone:
         return {
             "name": "datamix",
             "version": _version(),
-            "extensions": [*oip.EXTENSIONS, "datamix_arrow", "datamix_stream", "datamix_stats"],
+            "extensions": [*oip.EXTENSIONS, *_EXTENSIONS],
+            "operator": self.config.operator,
         }
 
     def stats(self) -> dict[str, Any]:

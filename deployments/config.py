@@ -50,6 +50,8 @@ class Config(BaseModel):
             anew where there are fewest; None: never.
         tokens_file: file of the bearer tokens that are let in (docs/security.md), at the same place
             on every node; None lets everybody in.
+        operator: who runs this application, as it tells in ``GET /v2``: a device that hides its
+            inputs between two operators refuses one without a name, and two of the same.
         health_timeout_s: how long the engine may take to answer a health probe.
     """
 
@@ -76,6 +78,7 @@ class Config(BaseModel):
     max_stream_buffer_bytes: int = Field(default=64 << 20, ge=1 << 16)
     rotate_streams_within_s: float | None = Field(default=60.0, gt=0, allow_inf_nan=False)
     tokens_file: str | None = Field(default=None, min_length=1)
+    operator: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$")
     health_timeout_s: float = Field(default=8.0, gt=0, allow_inf_nan=False)
 
     @property

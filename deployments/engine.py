@@ -52,10 +52,17 @@ class Rows(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Shapes of one row before and after a block."""
+    """What is known of a block.
+
+    Attributes:
+        input_shape: of one row before it.
+        output_shape: of one row after it.
+        linear: whether it is exactly linear, so that noise can be taken off its output.
+    """
 
     input_shape: Shape
     output_shape: Shape
+    linear: bool = False
 
 
 class Pending(Protocol):
@@ -143,7 +150,7 @@ class EchoEngine(Engine):
     def __init__(self, shapes: Sequence[Shape]) -> None:
         """Echo blocks of the given row shapes."""
         self.name = "null"
-        self.blocks = [Block(shape, shape) for shape in shapes]
+        self.blocks = [Block(shape, shape, linear=True) for shape in shapes]
 
     def start(self, block: int, requests: Sequence[Rows]) -> Pending:
         """Hand float rows on as they are; only int8 is made anew."""

@@ -17,6 +17,7 @@ from deployments.cores import let_threads_sleep
 from deployments.engine import Block, Engine, Rows, parse_engine
 from deployments.engines import echo_engine, torch_engine
 from deployments.metrics import Backend, ModelRecorder
+from deployments.seeds import expanded_bytes
 from deployments.table import Entry
 
 
@@ -61,20 +62,35 @@ class ServedModel:
 
         Raises:
             NotFound: there is no such block.
-            WireError: its rows have the wrong shape.
-            TooLarge: it has more rows than one batch.
+            WireError: its rows have the wrong shape, or are noise and the block is not linear.
+            TooLarge: it has more rows than one batch, or more bytes of noise than a message may.
         """
         blocks = self.engine.blocks
         if request.block >= len(blocks):
             raise NotFound(f"block is {request.block}, expected 0 to {len(blocks) - 1}")
         shape, expected = request.features.shape, blocks[request.block].input_shape
-        if shape[1:] != expected:
+        if request.noise:
+            self._check_noise(request, blocks[request.block])
+        elif shape[1:] != expected:
             raise WireError(
                 f"rows have shape {shape[1:]}, expected {expected} for block {request.block}"
             )
         if shape[0] > self._config.max_batch_rows:
             raise TooLarge(
                 f"request has {shape[0]} rows, expected at most {self._config.max_batch_rows}"
+            )
+
+    def _check_noise(self, request: wire.Request, block: Block) -> None:
+        if not block.linear:
+            raise WireError(
+                f"block {request.block} of {self.name!r} is not linear, expected a linear one for"
+                " noise, which could not be taken off its output"
+            )
+        size_bytes = expanded_bytes(request.rows, block.input_shape)
+        if size_bytes > self._config.max_request_bytes:
+            raise TooLarge(
+                f"the noise has {size_bytes} bytes, expected at most "
+                f"{self._config.max_request_bytes}"
             )
 
     def metadata(self, versions: list[str]) -> dict[str, Any]:
@@ -165,8 +181,14 @@ def build_engine(config: Config, bundle: str | None) -> Loaded:
         shapes = [block.input_shape for block in manifest.blocks]
         engine = echo_engine(text, shapes, config.max_batch_rows)
     else:
+        from datamix.models import is_linear
+
         manifest, modules = load_backbone(bundle)
-        blocks = [Block(block.input_shape, block.output_shape) for block in manifest.blocks]
+        # Before the engine makes them over.
+        blocks = [
+            Block(shapes.input_shape, shapes.output_shape, is_linear(block, shapes.input_shape))
+            for shapes, block in zip(manifest.blocks, modules, strict=True)
+        ]
         engine = torch_engine(modules, blocks, config)
     return Loaded(Entry(name=manifest.name, version=manifest.version, bundle=bundle), engine)
 

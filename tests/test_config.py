@@ -50,6 +50,11 @@ def test_an_engine_without_a_network_needs_no_bundle(engine: str) -> None:
     assert Config(engine=engine, bundle="b").echo_shape is None
 
 
+@pytest.mark.parametrize("name", ["", "a", "acme.example", "Acme-2_eu", "a" * 64])
+def test_operators(name: str) -> None:
+    assert Config(**ECHO, operator=name).operator == name
+
+
 def test_a_config_cannot_be_changed() -> None:
     config = Config(**ECHO)
     with pytest.raises(ValidationError, match="frozen"):
@@ -62,6 +67,7 @@ def test_unknown_keys_are_refused(key: str) -> None:
 
 
 NO_BUNDLE = "no bundle is given; only a null or emulated engine with echo_shape can do without"
+OPERATOR = "'^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$'"
 ENGINE = "expected torch, null, emulated:a_s,b_s in seconds or emulated:PATH.json"
 
 
@@ -126,6 +132,10 @@ ENGINE = "expected torch, null, emulated:a_s,b_s in seconds or emulated:PATH.jso
         (
             {"bundle": "b", "tokens_file": ""},
             "tokens_file: String should have at least 1 character",
+        ),
+        *(
+            ({"bundle": "b", "operator": name}, f"operator: String should match pattern {OPERATOR}")
+            for name in ("-acme", "ac me", "acme\n", "acme;", "é", "a" * 65, "<b>")
         ),
         ({"engine": "null", "echo_shape": (2, 0)}, "echo_shape.1: Input should be greater than 0"),
         (

@@ -29,7 +29,10 @@ def test_a_batch_of_nothing_has_no_outputs() -> None:
 
 def test_echo_keeps_the_shapes_of_its_blocks_apart() -> None:
     echo = EchoEngine([(2, 3, 3), (4, 1, 1)])
-    assert echo.blocks == [Block((2, 3, 3), (2, 3, 3)), Block((4, 1, 1), (4, 1, 1))]
+    assert echo.blocks == [
+        Block((2, 3, 3), (2, 3, 3), linear=True),
+        Block((4, 1, 1), (4, 1, 1), linear=True),
+    ]
     assert shapes(echo.run(1, requests((4, 1, 1)))) == [(1, 4, 1, 1), (4, 4, 1, 1), (2, 4, 1, 1)]
 
 

@@ -19,6 +19,7 @@ STATUS = {
     "BudgetSpent": 403,
     "BundleError": 500,
     "ConfigError": 400,
+    "Conflict": 409,
     "DataMixError": 500,
     "DeadlineExceeded": 408,
     "NonFinite": 422,

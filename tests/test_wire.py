@@ -215,6 +215,16 @@ def not_finite(dtype: str, value: float) -> bytes:
 
 
 ONES = np.ones(2, np.float32)
+SEED_ROWS = np.frombuffer(SECRET.encode() * 8, np.int8).reshape(2, 32)
+
+
+def seeded(values: Array = SEED_ROWS, scale: Array | None = ONES, noise: str = "1") -> bytes:
+    """A request for noise; good by default."""
+    columns = {"features": tensors(values)}
+    if scale is not None:
+        columns["scale"] = pa.array(scale.astype(np.float32))
+    return stream(columns, metadata=GOOD | {"datamix.noise": noise})
+
 
 HOSTILE: dict[str, tuple[Callable[[], bytes], type[DataMixError]]] = {
     # not Arrow
@@ -358,6 +368,20 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], type[DataMixError]]] = {
     "deadline huge": (lambda: with_metadata(deadline_ms="1" + "0" * 12), WireError),
     "priority 2": (lambda: with_metadata(priority="2"), WireError),
     "priority a word": (lambda: with_metadata(priority="high"), WireError),
+    # seeds of noise
+    "noise of another map": (lambda: seeded(noise="2"), WireError),
+    "noise of no map": (lambda: seeded(noise=""), WireError),
+    "noise of a secret map": (lambda: seeded(noise=SECRET), WireError),
+    "seeds of 31 bytes": (lambda: seeded(np.zeros((2, 31), np.int8)), WireError),
+    "seeds of 33 bytes": (lambda: seeded(np.zeros((2, 33), np.int8)), WireError),
+    "seeds in two dimensions": (lambda: seeded(np.zeros((2, 8, 4), np.int8)), WireError),
+    "seeds of float16": (lambda: seeded(np.zeros((2, 32), np.float16), None), WireError),
+    "seeds of float32": (lambda: seeded(np.zeros((2, 32), np.float32), None), WireError),
+    "seeds scaled": (lambda: seeded(scale=f32(1, 2)), WireError),
+    "seeds scaled a little": (lambda: seeded(scale=f32(1, 1.0000001)), WireError),
+    "seeds scaled to nothing": (lambda: seeded(scale=f32(0, 1)), WireError),
+    "seeds scaled by NaN": (lambda: seeded(scale=f32(1, np.nan)), NonFinite),
+    "seeds without rows": (lambda: seeded(SEED_ROWS[:0], SEED_ROWS[:0, 0]), WireError),
     # values
     "float16 NaN": (lambda: not_finite("float16", np.nan), NonFinite),
     "float16 Inf": (lambda: not_finite("float16", np.inf), NonFinite),
@@ -800,6 +824,53 @@ def check_close(got: Array, sent: Array, dtype: str, scale: Array | None) -> Non
         steps = scale.reshape(-1, *[1] * (sent.ndim - 1)).astype(np.float64)
         error = np.abs(got.astype(np.float64) - sent)
         assert np.all(error <= steps * 0.5 * (1 + 1e-4))
+
+
+@given(
+    seeds=hnp.arrays(np.uint8, st.tuples(st.integers(1, 5), st.just(32))),
+    request_id=ids,
+    block=st.integers(0, 10**12 - 1),
+    deadline_ms=st.none() | st.integers(0, 10**9),
+    priority=st.integers(0, 1),
+)
+def test_seeds_come_out_as_they_went_in(
+    seeds: Array, request_id: str, block: int, deadline_ms: int | None, priority: int
+) -> None:
+    deadline_s = None if deadline_ms is None else deadline_ms / 1000
+    body = wire.encode_noise_request(
+        seeds, request_id=request_id, block=block, deadline_s=deadline_s, priority=priority
+    )
+    for _ in range(2):  # read in full, and by what is remembered
+        request = wire.decode_request(body)
+        assert request.features.tobytes() == seeds.tobytes()
+        assert request.features.dtype == np.int8 and request.features.shape == seeds.shape
+        assert (request.noise, request.dtype) == (True, "float32")
+        assert (request.request_id, request.block) == (request_id, block)
+        assert (request.deadline_s, request.priority) == (deadline_s, priority)
+
+
+def test_seeds_that_a_stranger_wrote_are_read_too() -> None:
+    for body in (seeded(), seeded()):
+        request = wire.decode_request(body)
+        assert request.noise and request.features.tobytes() == SEED_ROWS.tobytes()
+
+
+def test_int8_features_of_a_seeds_shape_are_no_seeds() -> None:
+    seeds = SEED_ROWS.view(np.uint8)
+    wire.decode_request(wire.encode_noise_request(seeds, request_id="a"))
+    plain = wire.encode_request(SEED_ROWS.astype(np.float32), request_id="a", dtype="int8")
+    request = wire.decode_request(plain)
+    assert (request.noise, request.dtype) == (False, "int8")
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.float32])
+def test_only_seeds_are_sent_as_seeds(kind: Any) -> None:
+    with pytest.raises(WireError, match="expected"):
+        wire.encode_noise_request(np.zeros((2, 31), kind), request_id="a")
+    with pytest.raises(WireError, match="expected"):
+        wire.encode_noise_request(np.zeros((0, 32), np.uint8), request_id="a")
+    with pytest.raises(WireError, match="request_id"):
+        wire.encode_noise_request(np.zeros((2, 32), np.uint8), request_id="a b")
 
 
 @given(floats(limit=2.0**127))
