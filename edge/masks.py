@@ -197,7 +197,7 @@ class MaskPool:
         try:
             answers = await self._fetch(block, seeds)
             shape = self._blocks[block].input_shape
-            noise = await asyncio.to_thread(_expand, seeds, shape)
+            noise = await asyncio.to_thread(expand_seeds, seeds, shape)
         finally:
             wipe(seeds)
         cut = range(0, len(seeds), self._group_size)
@@ -217,5 +217,6 @@ class MaskPool:
             self._process = os.getpid()
 
 
-def _expand(seeds: Seeds, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+def expand_seeds(seeds: Seeds, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """Noise for a row of each seed: (n, 32) to (n, *shape) float64."""
     return np.stack([gaussians(seed.tobytes(), shape) for seed in seeds])
