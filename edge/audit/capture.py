@@ -147,11 +147,15 @@ def body_of(response: wire.Response) -> bytes:
         owner = owner.base
     if isinstance(owner, memoryview):
         owner = owner.obj
+    while (parent := getattr(owner, "parent", None)) is not None:  # a slice, as pyarrow cuts them
+        owner = parent
     try:
         body = bytes(memoryview(owner))
         found = wire.decode_response(body)
     except (TypeError, WireError, TooLarge):
-        raise AnswerError("the answer's bytes cannot be had, expected an uncompressed one") from None
+        raise AnswerError(
+            "the answer's bytes cannot be had, expected an uncompressed one"
+        ) from None
     if found.request_id != response.request_id:
         raise AnswerError("the answer's bytes are those of another answer")
     return body
@@ -186,7 +190,9 @@ def read_capture(path: Path) -> Capture:
         with open(path, "rb") as stream:
             size = path.stat().st_size
             if size > MAX_FILE_BYTES:
-                raise ConfigError(f"{path.name} has {size} bytes, expected {MAX_FILE_BYTES} at most")
+                raise ConfigError(
+                    f"{path.name} has {size} bytes, expected {MAX_FILE_BYTES} at most"
+                )
             return _read(stream, path.name)
     except OSError as error:
         raise ConfigError(f"{path.name} cannot be read: {error.strerror}") from None

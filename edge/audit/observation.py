@@ -135,7 +135,7 @@ def requests(observation: Observation) -> tuple[Group, ...]:
     open_groups: list[list[tuple[wire.Request, float]]] = []
     seen: set[str] = set()
     for request, at_s in _sent(observation):
-        if _is_noise(request) or request.request_id in seen or request.request_id not in answers:
+        if request.noise or request.request_id in seen or request.request_id not in answers:
             continue
         seen.add(request.request_id)
         if request.block == 0:
@@ -167,7 +167,7 @@ def seeds(observation: Observation) -> tuple[Seeds, ...]:
     seen: set[str] = set()
     found = []
     for request, at_s in _sent(observation):
-        if _is_noise(request) and request.request_id not in seen:
+        if request.noise and request.request_id not in seen:
             seen.add(request.request_id)
             rows = np.ascontiguousarray(request.features).view(np.uint8)
             found.append(Seeds(request.request_id, request.block, rows, at_s))
@@ -186,10 +186,6 @@ def _sent(observation: Observation) -> Iterator[tuple[wire.Request, float]]:
     for message in observation.messages:
         if message.direction == "up":
             yield wire.decode_request(message.body, max_bytes=1 << 26), message.at_s
-
-
-def _is_noise(request: wire.Request) -> bool:
-    return bool(getattr(request, "noise", False))
 
 
 def _answers(observation: Observation) -> dict[str, wire.Response]:
