@@ -197,7 +197,7 @@ class Scorer:
         rng = np.random.default_rng([self._seed, 4])
         hits = np.empty(len(scores))
         for group, row in enumerate(scores):
-            # A random order, then a stable sort: ties are broken at random, not by the file's order.
+            # A random order, then a stable sort: ties fall at random, not by the file's order.
             order = rng.permutation(items)
             ranked = order[np.argsort(-row[..., order], axis=-1, kind="stable")]
             named = ranked[:size] if row.ndim == 1 else np.unique(ranked[:, 0])
