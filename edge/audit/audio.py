@@ -75,7 +75,8 @@ def _spectrum(power: Doubles, filters: Doubles) -> Doubles:
 
     Multiplicative updates (Lee and Seung, NIPS 2000) keep what is positive positive.
     """
-    found = power @ (filters / np.maximum(filters.sum(axis=1, keepdims=True), 1e-12)) + 1e-12
+    shares = filters / np.maximum(filters.sum(axis=1, keepdims=True), 1e-12)
+    found: Doubles = power @ shares + 1e-12
     for _ in range(_NONNEGATIVE_STEPS):
         found *= (power @ filters) / np.maximum(found @ filters.T @ filters, 1e-12)
     return found

@@ -21,6 +21,10 @@ from edge.audit.report import Exhibit, Report, Row
 _MEMBERS = 8
 _CLIPS = 3
 _KINDS = (("original", "sent"), ("recovered", "recovered"), ("floor", "guessed (floor)"))
+_HEAD = (
+    "attack", "operator", "metric", "figure", "floor", "how the floor was found", "of",
+    "bits at most", "seconds", "verdict", "notes",
+)  # fmt: skip
 _PREPROCESSING: TypeAdapter[Preprocessing] = TypeAdapter(Preprocessing)
 
 _STYLE = """
@@ -97,9 +101,8 @@ def figure(value: float | None, low: float | None, high: float | None) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    head = ("attack", "operator", "metric", "figure", "floor", "how the floor was found", "of")
-    head += ("bits at most", "seconds", "verdict", "notes")
-    lines = ["<div class=wide><table><tr>", *(f"<th>{name}</th>" for name in head), "</tr>"]
+    head = "".join(f"<th>{name}</th>" for name in _HEAD)
+    lines = [f'<div class="wide"><table><tr>{head}</tr>']
     for row in rows:
         kind = escape(row.verdict.split(" ")[0], quote=True)
         cells = (

@@ -62,7 +62,7 @@ def read_truth(path: Path) -> Truth:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError("too large")
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             victims, digest, seed = arrays["victims"], arrays["gallery_sha256"], arrays["seed"]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path.name} is no truth of a capture: {str(error)[:100]}") from None
