@@ -57,6 +57,7 @@ def write_page(path: Path, report: Report) -> None:
 
 def render(report: Report) -> str:
     """The page; everything that comes from outside is escaped."""
+    sound = _sound(report)
     title = f"Privacy audit of {report.bundle}, mode {report.mode}"
     scored = (
         f"{report.groups} inferences of groups of {report.k}"
@@ -87,7 +88,7 @@ def render(report: Report) -> str:
     ]
     if report.exhibits:
         parts.append("<h2>The first group, as sent and as recovered</h2>")
-        parts += [_exhibit(shown, report) for shown in report.exhibits]
+        parts += [_exhibit(shown, sound) for shown in report.exhibits]
     return "\n".join([*parts, "</body></html>"]) + "\n"
 
 
@@ -122,10 +123,9 @@ def _table(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "</table></div>"])
 
 
-def _exhibit(shown: Exhibit, report: Report) -> str:
+def _exhibit(shown: Exhibit, sound: LogMelPreprocessing | None) -> str:
     heading = f"<h3>{escape(shown.attack)}, operator {escape(shown.operator)}</h3>"
     lines = [heading, '<div class="wide"><table>']
-    sound = _sound(report)
     for which, label in _KINDS:
         cells = "".join(_cells(shown.pixels(which), sound, label))
         lines.append(f"<tr><th>{label}</th>{cells}</tr>")

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from edge.access import Access
 from edge.audit.capture import Capture, Header, RecordingTransport, Tape, capture_of
 from edge.audit.material import Material
 from edge.audit.truth import Truth
-from edge.client import Client
+from edge.client import Client, ClientConfig
 from edge.promises import check_mode
 from edge.runtime import TorchDevice
 from edge.session import Array, Device
@@ -124,6 +125,7 @@ def record(
     *,
     seed: int = 0,
     ends: Ends | None = None,
+    config: ClientConfig | None = None,
     report: Report | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[Capture, Truth]:
@@ -137,6 +139,7 @@ def record(
         groups: inferences.
         seed: of the choice of victims; what protects them comes from the operating system.
         ends: real operators.
+        config: the client's patience.
         report: takes a line of progress.
         clock: monotonic seconds.
 
@@ -154,7 +157,11 @@ def record(
     if chosen == "split":
         second = RecordingTransport(_end(ends.second, bundle, manifest, ends.access), tape, "B")
     raw = (material.gallery[members] for members in victims)
-    asyncio.run(_drive(first, second, device, chosen, raw, groups, report or (lambda _: None)))
+    split = second is not None
+    client = partial(
+        Client, first, device, mode=chosen, second=second, allow_same_operator=split, config=config
+    )
+    asyncio.run(_drive(client, raw, groups, report or (lambda _: None)))
     header = Header(
         mode=chosen,
         model=manifest.name,
@@ -172,16 +179,9 @@ def _end(url: str | None, bundle: str | Path, manifest: Manifest, access: Access
 
 
 async def _drive(
-    first: Transport,
-    second: Transport | None,
-    device: Device,
-    mode: str,
-    groups: Iterable[Array],
-    count: int,
-    report: Report,
+    make: Callable[[], Client], groups: Iterable[Array], count: int, report: Report
 ) -> None:
-    split = second is not None
-    async with Client(first, device, mode=mode, second=second, allow_same_operator=split) as client:
+    async with make() as client:
         for index, raw in enumerate(groups):
             outputs = await client.infer(raw)
             if not np.isfinite(outputs).all():
