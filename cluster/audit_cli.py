@@ -100,7 +100,7 @@ def show(report: Report) -> None:
 
     table = Table()
     for name in ("attack", "operator", "metric", "figure", "floor", "seconds", "verdict"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=name in ("attack", "metric"))
     for row in report.rows:
         style = _STYLES.get(row.verdict.split(" ")[0], "")
         table.add_row(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,9 @@ def test_an_audit_leaves_rows_a_page_and_a_capture_to_go_on_from(
         assert {row["k"] for row in rows} == {8}
     assert "data:image/png" in files["html"].read_text()
     assert truth_path(files["capture"]).exists()
+    for other in (AuditConfig(BUNDLE, groups=7), AuditConfig(BUNDLE, groups=6, seed=1)):
+        with pytest.raises(ConfigError, match="6 groups by seed 0"):
+            run(replace(other, json_path=files["json"]), print)
 
 
 def test_a_capture_alone_is_attacked_but_not_scored(tmp_path: Path) -> None:
@@ -62,7 +66,7 @@ def test_what_cannot_be_audited_is_said_in_a_sentence(
 ) -> None:
     (tmp_path / "a").write_bytes(b"nothing")
     for more in (
-        ["--mode", "split"],
+        ["--group-size", "0"],
         ["--attacks", "nothing"],
         ["--capture", str(tmp_path / "a")],
         ["--groups", "0"],

@@ -84,6 +84,8 @@ def run(config: AuditConfig, tell: Tell = print) -> Outcome:
         capture, truth = _record(config, device, material, tell)
     else:
         _check(config, capture, kept, truth, tell)
+        if config.capture is None:
+            _check_same(config, kept, truth)
     plan = Plan(attacks, config.budget_s, seed, config.json_path, tell)
     outcome = audit(capture, _public(config, manifest, material), material, truth, plan)
     if config.html_path is not None:
@@ -125,6 +127,15 @@ def _check(
     tell(f"{path.name}: {len(capture.messages)} messages, mode {header.mode}")
     if truth is None:
         tell(f"no {truth_path(path).name} beside it: claims are not scored")
+
+
+def _check_same(config: AuditConfig, path: Path, truth: Truth | None) -> None:
+    """Refuse to go on from a recording of another size or seed as if it were what is asked for."""
+    if truth is not None and (len(truth.victims), truth.seed) != (config.groups, config.seed):
+        raise ConfigError(
+            f"{path.name} has {len(truth.victims)} groups by seed {truth.seed}, expected"
+            f" {config.groups} by {config.seed}; another JSON file gets a recording of its own"
+        )
 
 
 def _public(config: AuditConfig, manifest: Manifest, material: Material) -> Public:
