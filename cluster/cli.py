@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cluster.audit_cli import audit
 from cluster.costs_cli import costs
 from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
@@ -37,6 +38,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(models, name="models")
+app.command()(audit)
 app.command()(costs)
 app.command()(ledger)
 app.command()(search)
