@@ -43,6 +43,7 @@ BACKBONE: Final = "backbone.safetensors"
 
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_BLOCKS = 64
+MAX_SIGMA = 4096
 _MAX_HEADER_BYTES = 1 << 20  # of a safetensors file: names, types and shapes
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -89,7 +90,7 @@ class SplitSpec(Strict):
         tolerance: as the manifest's, for de-noised block outputs with these two.
     """
 
-    sigma: Annotated[FiniteFloat, Field(gt=0, le=4096)]
+    sigma: Annotated[FiniteFloat, Field(gt=0, le=MAX_SIGMA)]
     wire_dtype: Literal["float16", "float32"]
     tolerance: Annotated[FiniteFloat, Field(gt=0, le=1)]
 
@@ -101,7 +102,7 @@ class BoundedSpec(Strict):
         sigma: its deviation, for features of mean square 1 at most.
     """
 
-    sigma: Annotated[FiniteFloat, Field(gt=0, le=4096)]
+    sigma: Annotated[FiniteFloat, Field(gt=0, le=MAX_SIGMA)]
 
 
 class Manifest(Strict):

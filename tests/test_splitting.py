@@ -57,7 +57,12 @@ def test_float32_is_more_exact_than_float16_and_more_noise_is_less_exact() -> No
 
 def test_the_choice_keeps_the_bits_for_all_rounds_together() -> None:
     spec = choose(small(), INPUTS, bits=0.01)
+    assert spec is not None
     assert gaussian_bits(4 * 36 + 8 * 9, spec.sigma) <= 0.01
+
+
+def test_a_network_that_no_wire_type_is_exact_enough_for_is_not_made_for_two_operators() -> None:
+    assert choose(small(), INPUTS, bits=1e-16) is None
 
 
 def test_blocks_that_are_not_linear_are_refused() -> None:
