@@ -44,10 +44,14 @@ class Decoder:
         """Decode."""
         import torch
 
-        clean = features if self._wiener is None else self._wiener(features)
+        clean = self.estimate(features)
         with torch.no_grad():
             decoded: Floats = self._network(torch.from_numpy(_float32(clean))).numpy()
         return decoded
+
+    def estimate(self, features: Array) -> Floats:
+        """What the features were before noise, as far as that can be told linearly."""
+        return _float32(features if self._wiener is None else self._wiener(features))
 
 
 class Wiener:
@@ -122,7 +126,15 @@ def train_decoder(
         return torch.from_numpy(_float32(clean))
 
     target = torch.from_numpy(_float32(pictures))
-    _fit(network, corrupt, target, rng, budget, epochs, budget.left_s() - min(seconds, budget.left_s()))
+    _fit(
+        network,
+        corrupt,
+        target,
+        rng,
+        budget,
+        epochs,
+        budget.left_s() - min(seconds, budget.left_s()),
+    )
     return Decoder(network.eval(), wiener)
 
 

@@ -47,7 +47,9 @@ class Span:
         if observation.mode != "mix":
             rows = some_public(public, self.background, budget.rng())
             inputs = public.training.inputs[rows]
-            common = [background_of(_flat(clipped(part))) for part in round_features(public, inputs)]
+            common = [
+                background_of(_flat(clipped(part))) for part in round_features(public, inputs)
+            ]
         scores = []
         for group in groups:
             if budget.expired():
@@ -56,7 +58,10 @@ class Span:
             for index, sent in enumerate(group.rounds):
                 rows_sent, items = _flat(sent), gallery[index]
                 if common:
-                    rows_sent, items = (discount(x, common[index], sigma=noise_sigma(observation)) for x in (rows_sent, items))
+                    rows_sent, items = (
+                        discount(x, common[index], sigma=noise_sigma(observation))
+                        for x in (rows_sent, items)
+                    )
                 total -= np.log(residual(items, rows_sent) + _NOISELESS)
             scores.append(total)
         return Claim(
