@@ -1,4 +1,4 @@
-"""Observations for tests: messages as a device would send them, in settings of the test's choice."""
+"""Observations for tests: messages as a device would send them, in settings of a test's choice."""
 
 from __future__ import annotations
 

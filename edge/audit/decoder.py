@@ -6,11 +6,12 @@ are public inputs. Pairs are corrupted in training as the attacker's features wi
 noise of the mode, or with crumbs of other inputs that separation left.
 
 Against heavy noise a convolution sees too little at each place, so the estimate starts from the
-best linear one (Wiener, over the principal parts of public features) and a small network refines it.
+best linear one (Wiener, over the principal parts of public features); a small network refines it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,14 @@ _RATE = 3e-3
 class Decoder:
     """Features (n, C, H, W) to pictures (n, c, h, w), both float32."""
 
-    def __init__(self, network: nn.Module, wiener: Wiener | None) -> None:
-        """Refine what ``wiener`` estimates, or decode features as they are."""
+    def __init__(self, network: nn.Module, wiener: Wiener | None, picture: tuple[int, ...]) -> None:
+        """Refine what ``wiener`` estimates, or decode features as they are.
+
+        The network's pictures are cut to (c, h, w), ``picture``.
+        """
         self._network = network
         self._wiener = wiener
+        _, self._height, self._width = picture
 
     def __call__(self, features: Array) -> Floats:
         """Decode."""
@@ -47,7 +52,7 @@ class Decoder:
         clean = self.estimate(features)
         with torch.no_grad():
             decoded: Floats = self._network(torch.from_numpy(_float32(clean))).numpy()
-        return decoded
+        return decoded[:, :, : self._height, : self._width]
 
     def estimate(self, features: Array) -> Floats:
         """What the features were before noise, as far as that can be told linearly."""
@@ -58,11 +63,11 @@ class Wiener:
     """The best linear estimate of features from ``features + sigma * noise``.
 
     N. Wiener, "Extrapolation, interpolation and smoothing of stationary time series", 1949: each
-    principal part is weighed with its share of the power.
+    principal part is weighed with its share of the power, and so is what lies beside them.
     """
 
-    def __init__(self, background: Background, sigma: float) -> None:
-        """For noise of this deviation in each value.
+    def __init__(self, background: Background, sigma: float, rest: float = 0.0) -> None:
+        """For noise of this deviation in each value, and features of power ``rest`` beside.
 
         Raises:
             ConfigError: ``sigma`` is negative.
@@ -71,11 +76,25 @@ class Wiener:
             raise ConfigError(f"sigma is {sigma}, expected 0 or more")
         self._basis = background.basis
         self._weight = background.power / (background.power + sigma**2)
+        self._rest = rest / (rest + sigma**2) if rest > 0 else 0.0
 
     def __call__(self, features: Array) -> Floats:
         """(n, *shape) noisy to (n, *shape) estimated."""
-        parts = features.reshape(len(features), -1) @ self._basis.T
-        return _float32(((parts * self._weight) @ self._basis).reshape(features.shape))
+        flat = features.reshape(len(features), -1)
+        parts = (flat @ self._basis.T) * (self._weight - self._rest)
+        return _float32((self._rest * flat + parts @ self._basis).reshape(features.shape))
+
+
+def beside(background: Background, rows: Array) -> float:
+    """Mean square of rows (n, d) in each direction that the principal parts do not cover.
+
+    Rows that the parts were made of have nothing there: take others.
+    """
+    free = rows.shape[1] - len(background.basis)
+    if not len(rows) or free < 1:
+        return 0.0
+    inside = rows @ background.basis.T
+    return max(0.0, float((np.sum(rows**2) - np.sum(inside**2)) / (len(rows) * free)))
 
 
 def train_decoder(
@@ -111,7 +130,10 @@ def train_decoder(
     rng = budget.rng()
     wiener = None
     if sigma > 0:
-        wiener = Wiener(background_of(features.reshape(len(features), -1)[:1000]), sigma)
+        flat = features.reshape(len(features), -1)
+        parts = min(1000, len(flat) // 2 + 1)
+        background = background_of(flat[:parts])
+        wiener = Wiener(background, sigma, beside(background, flat[parts:]))
     with torch.random.fork_rng():
         torch.manual_seed(budget.seed)
         network = _network(features.shape[1:], pictures.shape[1:], width)
@@ -126,16 +148,8 @@ def train_decoder(
         return torch.from_numpy(_float32(clean))
 
     target = torch.from_numpy(_float32(pictures))
-    _fit(
-        network,
-        corrupt,
-        target,
-        rng,
-        budget,
-        epochs,
-        budget.left_s() - min(seconds, budget.left_s()),
-    )
-    return Decoder(network.eval(), wiener)
+    _fit(network, corrupt, target, rng, budget, epochs, min(seconds, budget.left_s()))
+    return Decoder(network.eval(), wiener, pictures.shape[1:])
 
 
 def _fit(
@@ -145,25 +159,30 @@ def _fit(
     rng: np.random.Generator,
     budget: Budget,
     epochs: int,
-    spare_s: float,
+    seconds: float,
 ) -> None:
-    """Least squares by AdamW, the rate falling to zero."""
+    """Least absolute error, for sharp edges, by AdamW; the rate falls to zero towards the end."""
     import torch
 
     steps = epochs * -(-len(target) // _BATCH)
     optimiser = torch.optim.AdamW(network.parameters(), lr=_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _RATE, total_steps=steps + 1)
+    spare_s = budget.left_s() - seconds
+    step = 0
     for _ in range(epochs):
         order = rng.permutation(len(target)).astype(np.int64)
         for start in range(0, len(order), _BATCH):
-            if budget.left_s() <= spare_s:
+            done = max(step / steps, 1 - (budget.left_s() - spare_s) / max(seconds, 1e-9))
+            if done >= 1:
                 return
+            warm = min(1.0, (step + 1) / 20)
+            optimiser.param_groups[0]["lr"] = _RATE * warm * 0.5 * (1 + math.cos(math.pi * done))
+            step += 1
             rows = order[start : start + _BATCH]
-            loss = torch.nn.functional.mse_loss(network(corrupt(rows)), target[rows])
+            decoded = network(corrupt(rows))[:, :, : target.shape[2], : target.shape[3]]
+            loss = torch.nn.functional.l1_loss(decoded, target[rows])
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-            schedule.step()
 
 
 def _network(shape: tuple[int, ...], picture: tuple[int, ...], width: int) -> nn.Module:
@@ -175,17 +194,7 @@ def _network(shape: tuple[int, ...], picture: tuple[int, ...], width: int) -> nn
     for _ in range(2):
         layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
     layers += [nn.Conv2d(width, picture[0] * up * up, 3, padding=1), nn.PixelShuffle(up)]
-    return nn.Sequential(*layers, _Cut(picture[1], picture[2]))
-
-
-def _Cut(height: int, width: int) -> nn.Module:  # noqa: N802
-    from torch import nn
-
-    class Cut(nn.Module):
-        def forward(self, maps: Tensor) -> Tensor:
-            return maps[:, :, :height, :width]
-
-    return Cut()
+    return nn.Sequential(*layers)
 
 
 def _float32(values: Array) -> Floats:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edge.audit.attack import Budget, Claim
-from edge.audit.decoder import Wiener
+from edge.audit.decoder import Wiener, beside
 from edge.audit.features import logits, noise_sigma
 from edge.audit.observation import Observation
 from edge.audit.recovery import known, separated
@@ -36,7 +36,8 @@ class Attributes:
         rows = found.reshape(-1, *found.shape[2:])
         sigma = noise_sigma(observation)
         if sigma > 0:
-            rows = Wiener(learnt.background, sigma)(rows)
+            others = learnt.features[1000:].reshape(-1, learnt.features[0].size)
+            rows = Wiener(learnt.background, sigma, beside(learnt.background, others))(rows)
         named = logits(observation.public, rows).argmax(axis=1)
         return Claim(attributes=named.reshape(found.shape[:2]), notes=f"{len(found)} groups")
 

@@ -29,9 +29,9 @@ class GradientIca:
         crumbs: amplitude of others in the decoder's training.
     """
 
-    count: int = 4000
+    count: int = 3000
     epochs: int = 6
-    crumbs: float = 0.3
+    crumbs: float = 0.1
     name: str = "gradient-ica"
     title: str = "separate the mixtures of one group by their gradients, then decode"
     modes: frozenset[str] = frozenset({"mix", "bounded"})
@@ -49,7 +49,7 @@ class GradientIca:
             epochs=self.epochs,
             crumbs=self.crumbs,
             sigma=noise_sigma(observation),
-            seconds=budget.left_s() * 0.6,
+            seconds=budget.left_s() * 0.7,
         )
         budget.report("decoder trained")
         found = separated(observation, budget, learnt)

@@ -40,7 +40,7 @@ class LearnedSeparator:
 
     count: int = 4000
     parts: int = 32
-    steps: int = 1500
+    steps: int = 1000
     width: int = 256
     name: str = "learned-separator"
     title: str = "a network from a group's Gram matrix to the classes in it"

@@ -7,7 +7,8 @@ of later rounds follow from the public model, and the rounds' noise is independe
 is added up: a cross-round attack. Rows keep their places from round to round.
 
 In `bounded` A hides which rows add up, but not the energy along an item: summed over the rows,
-``|Y u|^2`` has what ``|U u|^2`` has, plus noise. What all inputs have in common is discounted first.
+``|Y u|^2`` has what ``|U u|^2`` has, plus noise. What all inputs have in common is discounted
+first.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Mironov, "On significance of the least significant bits for differential privacy" (CCS 2012), told
 Laplacian noise of doubles apart from its neighbours by the values that it cannot take. The map of
-`split` is public: values come in pairs ``r cos(a), r sin(a)``, halves of a row, with ``a / 2 pi`` and
-``exp(-r^2 / 2)`` on a lattice as fine as the uniforms. For the right candidate both fall on the
+`split` is public: values come in pairs ``r cos(a), r sin(a)``, halves of a row, with ``a / 2 pi``
+and ``exp(-r^2 / 2)`` on a lattice as fine as the uniforms. For the right candidate both fall on the
 lattice as far as the wire's rounding lets one see; for a wrong one their phases are spread evenly.
 
 Works against 24-bit uniforms in float32 shares. Against noise map 1 (53 bits, then a grid of

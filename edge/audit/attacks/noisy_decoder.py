@@ -31,7 +31,7 @@ class NoisyDecoder:
         epochs: of the decoder.
     """
 
-    count: int = 4000
+    count: int = 3000
     epochs: int = 5
     name: str = "noisy-decoder"
     title: str = "a decoder trained on features with the mode's noise, row by row"

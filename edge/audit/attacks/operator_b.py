@@ -1,8 +1,8 @@
 """What operator B can make of its seeds: 32 bytes for each row, drawn before there was an input.
 
 By construction nothing. What could go wrong is tried: seeds that are a hash of the input, its
-features or its place in the gallery, so that a candidate can be checked; seeds that come back; noise
-that resembles features.
+features or its place in the gallery, so that a candidate can be checked; seeds that come back;
+noise that resembles features.
 """
 
 from __future__ import annotations

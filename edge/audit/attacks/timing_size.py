@@ -48,7 +48,7 @@ class TimingSize:
 
 
 def likeness(traces: Array) -> Array:
-    """(groups, groups) the more alike two traces (groups, n), the higher; rare values weigh more."""
+    """(groups, groups): the higher, the more alike two traces (groups, n); rare ones weigh more."""
     spread = traces.std(axis=0)
     standard = (traces - np.median(traces, axis=0)) / np.where(spread > 0, spread, 1)
     apart = np.abs(standard[:, None] - standard[None]).sum(axis=2)
