@@ -1,4 +1,4 @@
-"""Each attack in a weak setting, where it must succeed, and where it is cheap in one it must not."""
+"""Each attack in a weak setting, where it must succeed; some in one where they must not."""
 
 import hashlib
 from dataclasses import replace
@@ -64,7 +64,9 @@ def split(
 
 def named(scores: np.ndarray, members: np.ndarray) -> float:
     """Share of members that are first of a row's scores (groups, K, g)."""
-    return float(np.mean([np.isin(m, s.argmax(1)).mean() for m, s in zip(members, scores)]))
+    return float(
+        np.mean([np.isin(m, s.argmax(1)).mean() for m, s in zip(members, scores, strict=True)])
+    )
 
 
 def test_a_name_is_given_once_and_fits() -> None:

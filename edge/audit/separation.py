@@ -181,7 +181,8 @@ def negentropy(sources: Doubles) -> float:
 def nearest_orthogonal(matrix: Doubles) -> Doubles:
     """The orthogonal matrix closest to a square one."""
     left, _, right = np.linalg.svd(matrix, full_matrices=False)
-    return left @ right
+    found: Doubles = left @ right
+    return found
 
 
 def _log_cosh(values: Doubles) -> Doubles:
@@ -191,4 +192,5 @@ def _log_cosh(values: Doubles) -> Doubles:
 
 
 def _unit_rows(matrix: Doubles) -> Doubles:
-    return matrix / (np.linalg.norm(matrix, axis=1, keepdims=True) + 1e-300)
+    scaled: Doubles = matrix / (np.linalg.norm(matrix, axis=1, keepdims=True) + 1e-300)
+    return scaled
