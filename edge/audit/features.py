@@ -1,0 +1,98 @@
+"""What anybody can compute from public inputs with the public weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge.preprocess import preprocessor
+
+if TYPE_CHECKING:
+    from edge.audit.observation import Observation, Public
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+
+_ROWS = 256
+
+
+def round_features(public: Public, raw: Array, *, rounds: int | None = None) -> tuple[Floats, ...]:
+    """What a device would mix in each round for these inputs.
+
+    Args:
+        public: model and preprocessing.
+        raw: (n, *raw_shape) raw inputs.
+        rounds: only so many; all by default.
+
+    Returns:
+        one (n, C, H, W) float32 for each round.
+    """
+    import torch
+
+    model, prepare = public.model, preprocessor(public.manifest.preprocessing)
+    wanted = len(model.blocks) if rounds is None else rounds
+    parts: list[list[Floats]] = [[] for _ in range(wanted)]
+    with torch.no_grad():
+        for start in range(0, len(raw), _ROWS):
+            features = model.stem(torch.from_numpy(prepare(raw[start : start + _ROWS])))
+            for index in range(wanted):
+                parts[index].append(features.numpy())
+                if index + 1 < wanted:
+                    features = model.bridges[index](model.blocks[index](features))
+    return tuple(np.concatenate(part) for part in parts)
+
+
+def next_features(public: Public, block: int, features: Array) -> Floats:
+    """Features of the round after ``block`` from those of its own, (n, C, H, W) each."""
+    import torch
+
+    with torch.no_grad():
+        out = public.model.bridges[block](public.model.blocks[block](_tensor(features)))
+    found: Floats = out.numpy()
+    return found
+
+
+def logits(public: Public, features: Array) -> Floats:
+    """The public model's logits (n, classes) from features of the first round (n, C, H, W)."""
+    import torch
+
+    model = public.model
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(features), _ROWS):
+            values = model.blocks[0](_tensor(features[start : start + _ROWS]))
+            for bridge, block in zip(model.bridges, list(model.blocks)[1:], strict=True):
+                values = block(bridge(values))
+            found.append(model.head(values).numpy())
+    return np.concatenate(found)
+
+
+def clipped(features: Array) -> Floats:
+    """Features divided by max(1, root mean square of each row), as they leave in two modes."""
+    flat = features.reshape(len(features), -1).astype(np.float64)
+    size = np.sqrt(np.mean(flat**2, axis=1))
+    shrunk: Floats = (flat / np.maximum(1.0, size)[:, None]).astype(np.float32)
+    return shrunk.reshape(features.shape)
+
+
+def some_public(public: Public, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Rows of the public training data, at most ``count``, in rising order."""
+    return np.sort(rng.permutation(len(public.training))[:count]).astype(np.int64)
+
+
+def noise_sigma(observation: Observation) -> float:
+    """Deviation of the noise in what this operator sees; the manifest is public."""
+    manifest = observation.public.manifest
+    if observation.mode == "bounded" and manifest.bounded is not None:
+        return manifest.bounded.sigma
+    if observation.mode == "split" and manifest.split is not None:
+        return manifest.split.sigma
+    return 0.0
+
+
+def _tensor(features: Array) -> Any:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(features, np.float32))
