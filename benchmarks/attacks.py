@@ -39,6 +39,7 @@ from edge.audit.truth import Truth
 from edge.data import load_dataset
 from edge.modes import gaussian_bits
 from edge.preprocess import preprocessor
+from edge.runtime import TorchDevice
 
 SCHEMA_VERSION = 1
 BUNDLES = Path(__file__).parents[1] / "bundles"
@@ -136,7 +137,7 @@ def attack_setting(
     seed: int,
 ) -> Iterator[Row]:
     """Rows of one capture."""
-    device = open_sized(bundle, None)
+    device = TorchDevice(bundle)
     manifest = device.manifest = declared(device.manifest, setting)
     mode = "split" if setting.mode == KNOWN else setting.mode
     capture, truth = record(bundle, device, mode, material, setting.groups, seed=seed)

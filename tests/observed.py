@@ -114,8 +114,9 @@ def observe(
     return Observation(mode, "A", tuple(messages), public)
 
 
-def found_ratio(scores: Array, members: Array) -> float:
+def found_ratio(scores: Array | None, members: Array) -> float:
     """Share of members among the K best of each group; scores (groups, g)."""
+    assert scores is not None
     best = np.argsort(-scores, axis=1)[:, : members.shape[1]]
     hits = [np.isin(row, top).mean() for row, top in zip(members, best, strict=True)]
     return float(np.mean(hits))

@@ -166,13 +166,12 @@ def _fit(
 
     steps = epochs * -(-len(target) // _BATCH)
     optimiser = torch.optim.AdamW(network.parameters(), lr=_RATE)
-    spare_s = budget.left_s() - seconds
-    step = 0
+    begun_s, step = budget.left_s(), 0
     for _ in range(epochs):
         order = rng.permutation(len(target)).astype(np.int64)
         for start in range(0, len(order), _BATCH):
-            done = max(step / steps, 1 - (budget.left_s() - spare_s) / max(seconds, 1e-9))
-            if done >= 1:
+            done = max(step / steps, (begun_s - budget.left_s()) / max(seconds, 1e-9))
+            if done >= 1 or budget.expired():
                 return
             warm = min(1.0, (step + 1) / 20)
             optimiser.param_groups[0]["lr"] = _RATE * warm * 0.5 * (1 + math.cos(math.pi * done))

@@ -72,7 +72,7 @@ def separated(
     Groups for which no time is left but ``spare_s`` are missing.
     """
     rng, sigma = budget.rng(), noise_sigma(observation)
-    found = []
+    found: list[Array] = []
     for group in requests(observation):
         if found and budget.left_s() <= spare_s:
             break

@@ -50,7 +50,9 @@ class CrossRound:
         items = round_features(public, public.gallery, rounds=2)
         if observation.mode != "mix":
             items = tuple(clipped(part) for part in items)
-        scores, classes, same = [], [], 0
+        scores: list[Array] = []
+        classes: list[Array] = []
+        same = 0
         for group in groups:
             if scores and budget.expired():
                 break

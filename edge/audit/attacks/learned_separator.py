@@ -117,7 +117,8 @@ def grams(groups: Array) -> npt.NDArray[np.float32]:
     """Upper triangles of ``Y^T Y`` of each group (n, K, r), signed roots: (n, r (r + 1) / 2)."""
     full = np.einsum("nkr,nks->nrs", groups, groups)
     upper = full[:, *np.triu_indices(full.shape[1])]
-    return (np.sign(upper) * np.sqrt(np.abs(upper))).astype(np.float32)
+    roots: npt.NDArray[np.float32] = (np.sign(upper) * np.sqrt(np.abs(upper))).astype(np.float32)
+    return roots
 
 
 def likely(shares: Array, size: int) -> npt.NDArray[np.int64]:

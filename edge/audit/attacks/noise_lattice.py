@@ -41,13 +41,13 @@ class NoiseLattice:
         items = clipped(round_features(public, public.gallery, rounds=1)[0])
         flat = items.reshape(len(items), -1).astype(np.float64)
         groups = requests(observation)
-        scores = []
+        scores: list[list[Array]] = []
         for group in groups:
             if scores and budget.expired():
                 break
             rows = group.rounds[0].reshape(len(group.rounds[0]), -1).astype(np.float64)
             scores.append([on_lattice((row - flat) / sigma, self.bits) for row in rows])
-        found = np.asarray(scores)
+        found: Array = np.asarray(scores)
         return Claim(
             gallery_scores=found,
             notes=f"{len(scores)} of {len(groups)} groups; largest deviation {found.max():.1f}",

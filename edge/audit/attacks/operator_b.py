@@ -40,7 +40,8 @@ class OperatorB:
         named = candidates(public.gallery, features)
         items = clipped(features).reshape(len(features), -1)
         shape = features.shape[1:]
-        scores, classes = [], []
+        scores: list[Array] = []
+        classes: list[Array] = []
         for start in range(0, len(rows), size):
             if scores and budget.expired():
                 break
