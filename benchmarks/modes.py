@@ -124,7 +124,13 @@ def main() -> None:
         for row in found
     ]
     notes = ["One group of the bundle's size; medians; ratios of the same round."]
-    report.show("What a mode costs the device", rows, notes, args.json)
+    two = [row for row in found if row["mode"] == "split"]
+    figures = {
+        "split_online_cpu_over_mix": max(row["online_ratio"] for row in two),
+        "split_all_cpu_over_mix": max(row["all_ratio"] for row in two),
+        **{f"uplink_over_mix_{row['bundle']}": row["uplink_ratio"] for row in two},
+    }
+    report.show("What a mode costs the device", rows, notes, args.json, **figures)
 
 
 if __name__ == "__main__":

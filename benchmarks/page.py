@@ -61,6 +61,15 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
         "its import take?",
         [("plain_mb", "<=", 150.0), ("slim_mb", "<=", 150.0), ("import_s", "<=", 1.0)],
     ),
+    "modes": (
+        "What does the mode split cost the device, beside mix? (The worst of three bundles.)",
+        [
+            ("split_all_cpu_over_mix", "<=", 2.0),
+            ("uplink_over_mix_fashion-mnist-mix", "<=", 1.05),
+            ("uplink_over_mix_fashion-mnist-one-round", "<=", 1.05),
+            ("uplink_over_mix_speech-commands-mix", "<=", 1.05),
+        ],
+    ),
     "saturation": (
         "How much of the engine's bare speed is served, clients on the same two cores?",
         [
