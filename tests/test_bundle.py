@@ -19,9 +19,11 @@ from datamix.bundle import (
     MANIFEST,
     ArchitectureSpec,
     BlockShape,
+    BoundedSpec,
     ImagePreprocessing,
     LogMelPreprocessing,
     Manifest,
+    SplitSpec,
     load_backbone,
     load_device,
     read_manifest,
@@ -143,6 +145,7 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
     group_size=st.integers(1, 1024),
     tolerance=st.floats(1e-6, 1),
     metrics=st.dictionaries(st.text(max_size=20), finite, max_size=5),
+    sigma=st.floats(1e-3, 4096),
     mean=finite,
     std=st.floats(1e-3, 1e3),
 )
@@ -154,9 +157,11 @@ def test_a_manifest_survives_the_round_trip(
     group_size: int,
     tolerance: float,
     metrics: dict[str, float],
+    sigma: float,
     mean: float,
     std: float,
 ) -> None:
+    split = SplitSpec(sigma=sigma, wire_dtype="float32", tolerance=tolerance)
     path = tmp_path_factory.mktemp("bundles") / "bundle"
     written = write(
         path,
@@ -169,8 +174,11 @@ def test_a_manifest_survives_the_round_trip(
         preprocessing=ImagePreprocessing(
             kind="image", input_shape=(1, 28, 28), mean=(mean,), std=(std,)
         ),
+        split=split if mode == "split" else None,
+        bounded=BoundedSpec(sigma=sigma) if mode == "bounded" else None,
     )
     assert read_manifest(path) == written
+    assert written.modes == (mode,)
     assert (written.metrics, written.tolerance) == (metrics, tolerance)
 
 
