@@ -274,8 +274,9 @@ class Client:
                 groups = [tasks.create_task(group(i)) for i in range(0, len(features), size)]
         except ExceptionGroup as errors:  # the first failure cancelled the others
             raise errors.exceptions[0] from None
-        outputs = np.empty((len(features), len(self.device.manifest.class_names)), np.float32)
-        outputs[order] = np.concatenate([task.result() for task in groups])
+        found = np.concatenate([task.result() for task in groups])
+        outputs = np.empty_like(found)
+        outputs[order] = found
         return outputs[: len(inputs)]
 
     async def _charge(self, inputs: int) -> None:

@@ -738,7 +738,7 @@ def test_clients_survive_rotations_without_a_failure_or_a_retry(loop: str) -> No
             enough.set()
             await asyncio.gather(*busy)
             assert [client.retries for client in some] == [0] * clients
-            connections = [client._transport.connections for client in some]  # type: ignore[attr-defined]
+            connections = [client.cloud.transport.connections for client in some]  # type: ignore[attr-defined]
             assert connections == [3] * clients
             # Each answer was asked for: nothing was computed twice.
             assert cloud.outcomes == {"ok": 2 * answered}
