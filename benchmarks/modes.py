@@ -22,7 +22,7 @@ from datamix import wire
 from datamix.bundle import load_backbone
 from edge.data import sample_for
 from edge.masks import draw_seeds, expand_seeds
-from edge.modes import mode_of, split_dtype
+from edge.modes import mode_of, wire_dtype
 from edge.promises import promise
 from edge.runtime import TorchDevice
 from edge.session import infer_group
@@ -50,7 +50,7 @@ def run(bundle: str, rounds: int) -> list[dict[str, Any]]:
             if mode == "split":
                 masks, spent_s = _masks(blocks, shapes, size)
             ahead[mode].append(spent_s)
-            dtype = split_dtype(manifest, None) if mode == "split" else manifest.wire_dtype
+            dtype = wire_dtype(manifest, mode)
             start_s = time.process_time()
             cloud_s, up[mode] = 0.0, 0
             session = infer_group(device, device.stem(prepared), mode_of(manifest, mode, masks))

@@ -57,15 +57,6 @@ def gaussians(seed: bytes, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     return values[:count].reshape(shape)
 
 
-def expand(seed: bytes, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """The same as float32, which is what the cloud computes on.
-
-    Raises:
-        ConfigError: the seed does not have 32 bytes, or the shape has no values.
-    """
-    return gaussians(seed, shape).astype(np.float32)
-
-
 def expand_rows(rows: Array, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """A row of noise for each seed: (rows, 32) uint8 or int8 to (rows, *shape) float32.
 

@@ -88,6 +88,7 @@ class AnswerCache:
             manifest.version,
             sorted(manifest.hashes.items()),
             mode or manifest.mode,
+            [spec and spec.model_dump() for spec in (manifest.split, manifest.bounded)],
         ]
         self._database = Database(path, LAYOUT)
 

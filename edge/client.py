@@ -28,9 +28,9 @@ from datamix.errors import AnswerError, ConfigError
 from edge.access import Access
 from edge.masks import MaskPool, Seeds
 from edge.mixing import decoys, random_order
-from edge.modes import mode_of, split_dtype
+from edge.modes import mode_of, wire_dtype
 from edge.operators import Operators
-from edge.promises import check_mode, promise
+from edge.promises import promise
 from edge.requester import ClientConfig as ClientConfig
 from edge.requester import Requester
 from edge.requester import RetryBudget as RetryBudget
@@ -111,7 +111,7 @@ class Client:
             bundle = open_device(Path(bundle) if isinstance(bundle, os.PathLike) else bundle)
         self.device: Device = bundle
         manifest = self.device.manifest
-        self.promise = promise(manifest, check_mode(manifest, mode))
+        self.promise = promise(manifest, mode)
         self.mode = self.promise.mode
         self.config = config or ClientConfig()
         self._ledger = ledger
@@ -119,37 +119,20 @@ class Client:
         self._session = session or secrets.token_hex(4)
         self._cache = cache
         self._slots = asyncio.Semaphore(self.config.max_groups)
+        self._dtype = wire_dtype(manifest, self.mode, self.config.wire_dtype)
         ca = None if ca_file is None else os.fspath(ca_file)
-        self._operators: Operators | None = None
+        first, other = Access(token, ca), Access(second_token, ca)
+        self._operators = _check_ends(self.mode, (url, second), (first, other), allow_same_operator)
+        name = "operator A" if self.mode == "split" else ""
+        self.cloud = Requester(_open(url, manifest, first, transport), self.config, name)
         self.masks_from: Requester | None = None
         self._masks: MaskPool | None = None
-        self._dtype: wire.Dtype = self.config.wire_dtype or manifest.wire_dtype
-        if self.mode != "split":
-            if second is not None or second_token is not None or allow_same_operator:
-                raise ConfigError(
-                    f"mode is {self.mode!r}, which has one operator, but a second one was given"
-                )
-            self.cloud = Requester(_open(url, manifest, Access(token, ca), transport), self.config)
-            return
-        assert manifest.split is not None  # check_mode saw to it
-        if second is None:
-            raise ConfigError("mode is 'split', but only one operator was given, expected two")
-        if isinstance(url, str) and isinstance(second, str):
-            accesses = (Access(token, ca), Access(second_token, ca))
-            self._operators = Operators((url, second), accesses, allow_same=allow_same_operator)
-        elif not allow_same_operator:
-            raise ConfigError(
-                "a transport of one's own cannot be asked who runs it, expected"
-                " allow_same_operator, which is not private"
+        if second is not None:
+            end = _open(second, manifest, other, transport)
+            self.masks_from = Requester(end, self.config, "operator B")
+            self._masks = MaskPool(
+                self._fetch_masks, manifest.blocks, manifest.group_size, self.config.masks_ahead
             )
-        self._dtype = split_dtype(manifest, self.config.wire_dtype)
-        first = _open(url, manifest, Access(token, ca), transport)
-        self.cloud = Requester(first, self.config, "operator A")
-        other = _open(second, manifest, Access(second_token, ca), transport)
-        self.masks_from = Requester(other, self.config, "operator B")
-        self._masks = MaskPool(
-            self._fetch_masks, manifest.blocks, manifest.group_size, self.config.masks_ahead
-        )
 
     @property
     def not_private(self) -> str | None:
@@ -368,6 +351,36 @@ def _distinct(inputs: Array) -> tuple[list[int], list[int]]:
             first.append(row)
         copies.append(seen[key])
     return first, copies
+
+
+def _check_ends(
+    mode: str,
+    ends: tuple[str | Transport, str | Transport | None],
+    accesses: tuple[Access, Access],
+    allow_same: bool,
+) -> Operators | None:
+    """Two operators in the mode split, one in others; those that can be asked who runs them.
+
+    Raises:
+        ConfigError: one too many or too few, or nobody can tell who runs them.
+    """
+    first, second = ends
+    if mode != "split":
+        if second is not None or accesses[1].token is not None or allow_same:
+            raise ConfigError(
+                f"mode is {mode!r}, which has one operator, but a second one was given"
+            )
+        return None
+    if second is None:
+        raise ConfigError("mode is 'split', but only one operator was given, expected two")
+    if isinstance(first, str) and isinstance(second, str):
+        return Operators((first, second), accesses, allow_same=allow_same)
+    if not allow_same:
+        raise ConfigError(
+            "a transport of one's own cannot be asked who runs it, expected"
+            " allow_same_operator, which is not private"
+        )
+    return None
 
 
 def _open(url: str | Transport, manifest: Manifest, access: Access, kind: str) -> Transport:

@@ -16,8 +16,7 @@ from datamix.errors import ConfigError
 from datamix.models import Architecture, build, count_flops
 from datamix.wire import Dtype, dequantise, quantise
 from edge.data import Dataset
-from edge.modes import mode_of, split_dtype
-from edge.promises import check_mode
+from edge.modes import check_mode, mode_of, wire_dtype
 from edge.runtime import TorchDevice
 from edge.session import infer_group
 from edge.splitting import local_masks
@@ -165,7 +164,7 @@ def _mixed(device: TorchDevice, blocks: torch.nn.ModuleList, features: Floats, m
     """Drive the device's own sessions, one per group, all in step: the cloud gets one batch."""
     manifest = device.manifest
     size = manifest.group_size
-    dtype = split_dtype(manifest, None) if mode == "split" else manifest.wire_dtype
+    dtype = wire_dtype(manifest, mode)
     shapes = [block.input_shape for block in manifest.blocks]
     sessions = []
     for at in range(0, len(features), size):

@@ -9,6 +9,7 @@ is restarted starts with none, and so does a child after a fork.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from datamix.errors import ConfigError
-from datamix.noise import SEED_BYTES, gaussians
+from datamix.noise import SEED_BYTES, from_rows, gaussians
 from edge.mixing import wipe
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ Seeds = npt.NDArray[np.uint8]
 Fetch = Callable[[int, Seeds], Awaitable[Floats]]
 
 _ROWS_AT_ONCE = 32
+_BYTES_AT_ONCE = 4 << 20  # of noise in a request: a replica makes no more than a message may have
 
 
 def draw_seeds(count: int) -> Seeds:
@@ -184,13 +186,15 @@ class MaskPool:
         return self._filling
 
     async def _fetch_some(self) -> None:
-        groups = min(self._depth, max(1, _ROWS_AT_ONCE // self._group_size))
-        while len(self._ready) < self._depth:
-            found = await asyncio.gather(
-                *(self._masks(index, groups) for index in range(len(self._blocks)))
-            )
-            self._ready.extend(Masks(of_group) for of_group in zip(*found, strict=True))
-            self.fetched += groups
+        """One request to operator B for each block, for as many groups as fit into one."""
+        largest = max(math.prod(block.input_shape) for block in self._blocks)
+        rows = min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // (4 * largest))
+        groups = min(self._depth, max(1, rows // self._group_size))
+        found = await asyncio.gather(
+            *(self._masks(index, groups) for index in range(len(self._blocks)))
+        )
+        self._ready.extend(Masks(of_group) for of_group in zip(*found, strict=True))
+        self.fetched += groups
 
     async def _masks(self, block: int, groups: int) -> list[Mask]:
         seeds = draw_seeds(groups * self._group_size)
@@ -200,14 +204,9 @@ class MaskPool:
             noise = await asyncio.to_thread(expand_seeds, seeds, shape)
         finally:
             wipe(seeds)
-        cut = range(0, len(seeds), self._group_size)
-        return [
-            # Copies, so that wiping one leaves its neighbours alone and views of messages, too.
-            Mask(
-                noise[at : at + self._group_size].copy(), answers[at : at + self._group_size].copy()
-            )
-            for at in cut
-        ]
+        size = self._group_size
+        cuts = [slice(at, at + size) for at in range(0, len(seeds), size)]
+        return [Mask(noise[cut], answers[cut]) for cut in cuts]
 
     def _leave_parents(self) -> None:
         """Forget, in a child, what a fork copied: the parent will use it."""
@@ -219,4 +218,4 @@ class MaskPool:
 
 def expand_seeds(seeds: Seeds, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     """Noise for a row of each seed: (n, 32) to (n, *shape) float64."""
-    return np.stack([gaussians(seed.tobytes(), shape) for seed in seeds])
+    return np.stack([gaussians(seed, shape) for seed in from_rows(seeds)])

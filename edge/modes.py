@@ -27,6 +27,7 @@ from edge.mixing import Coefficients, demix, gaussians, haar, mix, wipe
 
 if TYPE_CHECKING:
     from datamix.bundle import Manifest
+    from datamix.bundle import Mode as ModeName
     from datamix.framing import Dtype
 
 Floats = npt.NDArray[np.float32]
@@ -112,33 +113,43 @@ class Split:
         return share(clipped, mask, self._sigma), _Masked(mask, self._sigma, scale)
 
 
+def check_mode(manifest: Manifest, mode: str | None) -> ModeName:
+    """The mode to use: ``mode``, or the bundle's own where that is None.
+
+    Raises:
+        ConfigError: the bundle was not made for it.
+    """
+    for made in manifest.modes:
+        if mode in (None, made):  # its own comes first
+            return made
+    raise ConfigError(
+        f"mode is {mode!r}, but bundle {manifest.name!r} was made for {', '.join(manifest.modes)}"
+    )
+
+
 def mode_of(manifest: Manifest, mode: str, masks: Masks | None = None) -> Mode:
     """The mode for one group, with the bundle's settings.
 
     Raises:
         ConfigError: the bundle was not made for it, or the masks are missing or not of use.
     """
-    if (mode == "split") != (masks is not None):
+    if (check_mode(manifest, mode) == "split") != (masks is not None):
         raise ConfigError(f"mode is {mode!r}, and masks are for 'split', and needed there")
-    if mode == "mix" and "mix" in manifest.modes:
-        return Mix()
-    if mode == "bounded" and manifest.bounded is not None:
-        return Bounded(manifest.bounded.sigma)
     if masks is not None and manifest.split is not None:
         return Split(manifest.split.sigma, masks)
-    raise ConfigError(
-        f"mode is {mode!r}, but bundle {manifest.name!r} was made for {', '.join(manifest.modes)}"
-    )
+    if mode == "bounded" and manifest.bounded is not None:
+        return Bounded(manifest.bounded.sigma)
+    return Mix()
 
 
-def split_dtype(manifest: Manifest, wanted: Dtype | None) -> Dtype:
-    """The value type for what operator A gets.
+def wire_dtype(manifest: Manifest, mode: str, wanted: Dtype | None = None) -> Dtype:
+    """The value type for what leaves: ``wanted``, or the bundle's where that is None.
 
     Raises:
-        ConfigError: one that is coarser than what the bundle's tolerance was measured with.
+        ConfigError: in the mode split, one that is coarser than what was measured with.
     """
-    if manifest.split is None:
-        raise ConfigError(f"bundle {manifest.name!r} was not made for 'split'")
+    if mode != "split" or manifest.split is None:
+        return wanted or manifest.wire_dtype
     made: Dtype = manifest.split.wire_dtype
     if wanted in (None, made, "float32"):
         return wanted or made

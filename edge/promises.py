@@ -9,8 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from datamix.errors import ConfigError
-from edge.modes import gaussian_bits
+from edge.modes import check_mode, gaussian_bits
 
 if TYPE_CHECKING:
     from datamix.bundle import Manifest, Mode
@@ -54,32 +53,16 @@ class Promise:
         return f"bounded: the cloud learns {bound}"
 
 
-def promise(manifest: Manifest, mode: Mode | None = None) -> Promise:
+def promise(manifest: Manifest, mode: str | None = None) -> Promise:
     """What ``mode`` promises for this bundle; the bundle's own mode by default.
 
     Raises:
         ConfigError: the bundle was not made for that mode.
     """
-    mode = check_mode(manifest, mode)
-    spec = {"split": manifest.split, "bounded": manifest.bounded}.get(mode)
+    chosen = check_mode(manifest, mode)
+    spec = {"split": manifest.split, "bounded": manifest.bounded}.get(chosen)
     bits = math.inf
     if spec is not None:
         values = sum(math.prod(block.input_shape) for block in manifest.blocks)
         bits = gaussian_bits(values, spec.sigma)
-    return Promise(mode, bits, _BREAKS[mode])
-
-
-def check_mode(manifest: Manifest, mode: str | None) -> Mode:
-    """The mode to use: ``mode``, or the bundle's own where that is None.
-
-    Raises:
-        ConfigError: the bundle was not made for it.
-    """
-    if mode is None:
-        return manifest.mode
-    for made in manifest.modes:
-        if made == mode:
-            return made
-    raise ConfigError(
-        f"mode is {mode!r}, but bundle {manifest.name!r} was made for {', '.join(manifest.modes)}"
-    )
+    return Promise(chosen, bits, _BREAKS[chosen])

@@ -81,7 +81,8 @@ class Cloud:
         backbone: the replica itself.
         gate: stops its engine.
         registry: where its metrics go.
-        port: where it listens on 127.0.0.1.
+        port: where it listens.
+        host: of that, an address of the loopback interface.
     """
 
     backbone: Backbone
@@ -89,10 +90,11 @@ class Cloud:
     registry: CollectorRegistry
     app: Protocol
     port: int = 0
+    host: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def queued(self) -> list[Job]:
@@ -119,7 +121,7 @@ class Cloud:
 
     @asynccontextmanager
     async def stream(self, path: str = "/v2/models/echo/stream") -> AsyncIterator[ClientConnection]:
-        url = f"ws://127.0.0.1:{self.port}{path}"
+        url = f"ws://{self.host}:{self.port}{path}"
         async with connect(url, compression=None, max_size=None, proxy=None) as socket:
             yield socket
 
@@ -139,7 +141,9 @@ async def replica(config: Config, store: Store | None = None) -> AsyncIterator[C
 
 
 @asynccontextmanager
-async def serving(config: Config, store: Store | None = None) -> AsyncIterator[Cloud]:
+async def serving(
+    config: Config, store: Store | None = None, *, host: str = "127.0.0.1"
+) -> AsyncIterator[Cloud]:
     """A replica behind uvicorn."""
     async with replica(config, store) as cloud:
         settings = uvicorn.Config(
@@ -154,7 +158,8 @@ async def serving(config: Config, store: Store | None = None) -> AsyncIterator[C
         server.lifespan = settings.lifespan_class(settings)
         # With its protocol named, asyncio switches Nagle's algorithm off, as uvloop always does.
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((host, 0))
+        cloud.host = host
         cloud.port = listener.getsockname()[1]
         await server.startup(sockets=[listener])
         try:

@@ -14,9 +14,20 @@ from hypothesis.extra import numpy as hnp
 
 from datamix.errors import ConfigError
 from edge.masks import Mask, Masks
-from edge.modes import GRID, Bounded, Mix, Mode, Split, clip, gaussian_bits, mode_of, share
-from edge.modes import split_dtype as dtype_of
-from edge.promises import check_mode, promise
+from edge.modes import (
+    GRID,
+    Bounded,
+    Mix,
+    Mode,
+    Split,
+    check_mode,
+    clip,
+    gaussian_bits,
+    mode_of,
+    share,
+    wire_dtype,
+)
+from edge.promises import promise
 from tests.fake_device import GROUP, SHAPES, compute, make_manifest
 
 Floats = npt.NDArray[np.float32]
@@ -171,12 +182,12 @@ def test_a_mode_the_bundle_was_not_made_for_is_refused() -> None:
 
 def test_a_coarser_wire_than_measured_is_refused() -> None:
     manifest = make_manifest(all_modes=True)
-    assert dtype_of(manifest, None) == dtype_of(manifest, "float32") == "float32"
+    assert wire_dtype(manifest, "split") == wire_dtype(manifest, "split", "float32") == "float32"
+    assert wire_dtype(manifest, "mix") == "float16"
+    assert wire_dtype(manifest, "mix", "int8") == "int8"
     for coarse in ("float16", "int8"):
         with pytest.raises(ConfigError, match="beyond the bundle's tolerance"):
-            dtype_of(manifest, coarse)
-    with pytest.raises(ConfigError, match="not made for 'split'"):
-        dtype_of(make_manifest(), None)
+            wire_dtype(manifest, "split", coarse)
 
 
 def test_promises_are_in_bits_and_name_their_break() -> None:

@@ -27,7 +27,7 @@ from edge.audit.capture import Capture, Header, RecordingTransport, Tape, captur
 from edge.audit.material import Material
 from edge.audit.truth import Truth
 from edge.client import Client, ClientConfig
-from edge.promises import check_mode
+from edge.modes import check_mode
 from edge.runtime import TorchDevice
 from edge.session import Array, Device
 from edge.transport import InProcessTransport, StreamTransport, Transport
