@@ -26,19 +26,26 @@ from typing import Any, get_args
 import torch
 
 from benchmarks.report import environment
-from datamix.bundle import ArchitectureSpec, BoundedSpec, Manifest, SplitSpec, save_bundle
+from datamix.bundle import (
+    ArchitectureSpec,
+    BoundedSpec,
+    Manifest,
+    SplitSpec,
+    read_manifest,
+    save_bundle,
+)
 from datamix.models import Architecture, build
 from edge.audit.attack import Attack, Budget
 from edge.audit.attacks import suite
 from edge.audit.capture import Capture
 from edge.audit.material import Material, load_material
 from edge.audit.observation import Observation, Operator, Public
-from edge.audit.record import open_model, open_sized, record
+from edge.audit.record import open_model, record
 from edge.audit.scoring import Scorer, verdict
 from edge.audit.truth import Truth
 from edge.data import load_dataset
-from edge.modes import gaussian_bits
 from edge.preprocess import preprocessor
+from edge.promises import promise
 from edge.runtime import TorchDevice
 
 SCHEMA_VERSION = 1
@@ -168,7 +175,8 @@ def _rows(
     observation = Observation(mode, operator, capture.of(operator), public)
     claim = attack.run(observation, Budget(seconds, truth.seed))
     took_s = time.perf_counter() - begin_s
-    bound = bits(public.manifest, setting)
+    promised = promise(public.manifest, mode).bits_per_input
+    bound = 0.0 if operator == "B" else promised
     for score in scorer.score(claim):
         yield {
             "attack": attack.name,
@@ -195,13 +203,6 @@ def _rows(
         }
 
 
-def bits(manifest: Manifest, setting: Setting) -> float:
-    """Most that one input's features carry to operator A, all rounds together; infinite for mix."""
-    if setting.mode == "mix":
-        return math.inf
-    return sum(gaussian_bits(math.prod(b.input_shape), setting.sigma) for b in manifest.blocks)
-
-
 def _line(row: Row) -> str:
     return (
         f"{row['dataset']:16s} {row['mode']:13s} sigma {row['sigma']:<5g} K {row['group_size']}"
@@ -224,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where rows go, added to what is there")
     given = parser.parse_args(arguments)
     attacks = suite(given.attacks.split(",") if given.attacks else None)
+    before = _before(given.json)
     rows: list[Row] = []
     for setting in settings(given.groups):
         if given.modes and setting.mode not in given.modes.split(","):
@@ -234,22 +236,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bundle = BUNDLES / setting.bundle
             if not setting.bundle:
                 bundle = untrained(setting.dataset, given.data, Path(folder), given.seed)
-            manifest = open_sized(bundle, None).manifest
-            material = load_material(manifest, setting.dataset, given.data, seed=given.seed)
+            material = load_material(
+                read_manifest(bundle), setting.dataset, given.data, seed=given.seed
+            )
             for row in attack_setting(
                 setting, bundle, material, attacks, given.seconds, given.seed
             ):
                 print(_line(row), flush=True)
                 rows.append(row)
         if given.json is not None:
-            given.json.write_text(document(rows, given))
+            given.json.write_text(document(before, rows, given))
     return 0
 
 
-def document(rows: list[Row], given: argparse.Namespace) -> str:
-    """The JSON text: settings of the run, and all rows so far."""
+_WHICH = ("attack", "bundle", "dataset", "mode", "sigma", "group_size", "operator", "metric")
+
+
+def _before(path: Path | None) -> dict[str, Any]:
+    """What the file holds already."""
+    if path is None or not path.exists():
+        return {"runs": [], "rows": []}
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def document(before: dict[str, Any], rows: list[Row], given: argparse.Namespace) -> str:
+    """The JSON text: this run's surroundings, all runs, and all rows; newer ones replace older."""
     head = {"schema_version": SCHEMA_VERSION, **environment(), "seed": given.seed}
-    return json.dumps({**head, "rows": rows}, indent=1) + "\n"
+    found = {tuple(row[key] for key in _WHICH): row for row in (*before["rows"], *rows)}
+    runs = [*before["runs"], head["command"]]
+    return json.dumps({**head, "runs": runs, "rows": list(found.values())}, indent=1) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What each mode promises for a bundle, in bits, and how it is known to break: one place for all.
 
-The demo, the reports, the audit and the ledger quote it (docs/privacy.md has the whole story).
+The client, the audit and the ledger's charges come from here (docs/privacy.md has the whole story).
 """
 
 from __future__ import annotations

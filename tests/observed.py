@@ -11,11 +11,12 @@ import numpy.typing as npt
 import torch
 
 from datamix import wire
-from datamix.bundle import load_backbone, load_device
-from datamix.models import Architecture, SplitModel, build
+from datamix.bundle import read_manifest
 from edge.audit.features import clipped, next_features, round_features
+from edge.audit.material import subset
 from edge.audit.observation import Message, Observation, Public
-from edge.data import Dataset, load_sample
+from edge.audit.record import open_model
+from edge.data import load_sample
 
 Array = npt.NDArray[Any]
 BUNDLE = Path(__file__).parents[1] / "bundles" / "fashion-mnist-mix"
@@ -24,23 +25,11 @@ Protect = Callable[[Array, int], Array]
 
 def public_of(bundle: Path = BUNDLE, *, group_size: int = 4, gallery: int = 60) -> Public:
     """A bundle's public knowledge; the first rows of the shipped sample are the gallery."""
-    manifest, stem, bridges, head = load_device(bundle)
-    _, blocks = load_backbone(bundle)
-    spec = manifest.architecture
-    with torch.device("meta"):
-        model: SplitModel = build(Architecture(spec.name, spec.options)).eval()
-    model.stem, model.bridges, model.head, model.blocks = stem, bridges, head, blocks
     data = load_sample("fashion-mnist")
-    rest = Dataset(
-        data.name,
-        data.inputs[slice(gallery, None)],
-        data.labels[gallery:],
-        data.class_names,
-        data.preprocessing,
-    )
+    rest = subset(data, np.arange(gallery, len(data)))
     return Public(
-        manifest.model_copy(update={"group_size": group_size}),
-        model,
+        read_manifest(bundle).model_copy(update={"group_size": group_size}),
+        open_model(bundle),
         rest,
         data.inputs[slice(0, gallery)],
         data.labels[:gallery].astype(np.int64),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from edge.audit.separation import Background, background_of
 from edge.preprocess import preprocessor
 
 if TYPE_CHECKING:
@@ -80,6 +81,27 @@ def clipped(features: Array) -> Floats:
 def some_public(public: Public, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
     """Rows of the public training data, at most ``count``, in rising order."""
     return np.sort(rng.permutation(len(public.training))[:count]).astype(np.int64)
+
+
+def flat(maps: Array) -> npt.NDArray[np.float64]:
+    """Rows of values: (n, C, H, W) to (n, d) float64."""
+    return maps.reshape(len(maps), -1).astype(np.float64)
+
+
+def leaving(observation: Observation, features: Array) -> Array:
+    """Features (n, C, H, W) as they are hidden in this mode: clipped wherever noise is added."""
+    return features if observation.mode == "mix" else clipped(features)
+
+
+def backgrounds(
+    observation: Observation, count: int, rng: np.random.Generator
+) -> tuple[Background, ...]:
+    """What public features have in common, for each round: of ``count`` public inputs."""
+    public = observation.public
+    inputs = public.training.inputs[some_public(public, count, rng)]
+    return tuple(
+        background_of(flat(leaving(observation, part))) for part in round_features(public, inputs)
+    )
 
 
 def noise_sigma(observation: Observation) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge.audit.attack import Budget
-from edge.audit.features import clipped, noise_sigma, round_features, some_public
+from edge.audit.features import leaving, noise_sigma, round_features, some_public
 from edge.audit.observation import Observation, requests
 from edge.audit.separation import Background, background_of, separate
 
@@ -54,8 +54,7 @@ def known(observation: Observation, budget: Budget, count: int, *, block: int = 
     public = observation.public
     rows = some_public(public, count, budget.rng())
     features = round_features(public, public.training.inputs[rows], rounds=block + 1)[block]
-    if observation.mode != "mix":
-        features = clipped(features)
+    features = np.asarray(leaving(observation, features), np.float32)
     counts = np.ones((features.shape[1], _BINS))
     for channel, bins in enumerate(_bins(features).transpose(1, 0, 2, 3)):
         counts[channel] += np.bincount(bins.ravel(), minlength=_BINS)

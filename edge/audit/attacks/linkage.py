@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge.audit.attack import ALL_MODES, Budget, Claim
-from edge.audit.features import Array, clipped, noise_sigma, round_features, some_public
+from edge.audit.features import Array, backgrounds, flat, noise_sigma
 from edge.audit.observation import Observation, requests
-from edge.audit.separation import background_of, discount
+from edge.audit.separation import discount
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +35,15 @@ class Linkage:
 
     def run(self, observation: Observation, budget: Budget) -> Claim:
         """See :class:`edge.audit.attack.Attack`."""
-        public, sigma = observation.public, noise_sigma(observation)
+        sigma = noise_sigma(observation)
         groups = requests(observation)
-        rows = some_public(public, self.background, budget.rng())
-        features = round_features(public, public.training.inputs[rows])
+        shared = backgrounds(observation, self.background, budget.rng())
         total = np.zeros((len(groups), len(groups)))
         done = 0
-        for index, part in enumerate(features):
+        for index, common in enumerate(shared):
             if done and budget.expired():
                 break
-            public_rows = part if observation.mode == "mix" else clipped(part)
-            common = background_of(public_rows.reshape(len(part), -1))
-            sent = [_flat(group.rounds[index]) for group in groups]
+            sent = [flat(group.rounds[index]) for group in groups]
             seen = [discount(one, common, sigma=sigma) for one in sent]
             total += meetings(np.stack(seen), mixed=observation.mode != "split")
             done += 1
@@ -70,10 +67,6 @@ def meetings(rows: Array, *, mixed: bool) -> Array:
         return found
     best: Array = np.linalg.norm(cosines, ord=2, axis=(2, 3))
     return best
-
-
-def _flat(maps: Array) -> Array:
-    return maps.reshape(len(maps), -1).astype(np.float64)
 
 
 ATTACK = Linkage()

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge.audit.attack import Budget, Claim
-from edge.audit.features import Array, clipped, noise_sigma, round_features, some_public
+from edge.audit.features import Array, backgrounds, clipped, flat, noise_sigma, round_features
 from edge.audit.observation import Observation, requests
-from edge.audit.separation import background_of, discount
+from edge.audit.separation import Background, discount
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +41,11 @@ class MatchedFilter:
         """See :class:`edge.audit.attack.Attack`."""
         public, sigma = observation.public, noise_sigma(observation)
         groups = requests(observation)
-        items = [_flat(clipped(part)) for part in round_features(public, public.gallery)]
+        items = [flat(clipped(part)) for part in round_features(public, public.gallery)]
         mixed = observation.mode == "bounded"
-        common = []
+        common: tuple[Background, ...] = ()
         if mixed:
-            rows = some_public(public, self.background, budget.rng())
-            inputs = public.training.inputs[rows]
-            common = [
-                background_of(_flat(clipped(part))) for part in round_features(public, inputs)
-            ]
+            common = backgrounds(observation, self.background, budget.rng())
             items = [discount(x, y, sigma=sigma) for x, y in zip(items, common, strict=True)]
         scores = []
         for group in groups:
@@ -58,10 +54,10 @@ class MatchedFilter:
             total: Array = np.zeros(1)
             for index, sent in enumerate(group.rounds):
                 if mixed:
-                    rows_sent = discount(_flat(sent), common[index], sigma=sigma)
+                    rows_sent = discount(flat(sent), common[index], sigma=sigma)
                     total = total + energy(items[index], rows_sent)
                 else:
-                    total = total + evidence(items[index], _flat(sent), sigma)
+                    total = total + evidence(items[index], flat(sent), sigma)
             scores.append(total)
         return Claim(
             gallery_scores=np.asarray(scores), notes=f"{len(scores)} of {len(groups)} groups"
@@ -79,10 +75,6 @@ def energy(items: Array, rows: Array) -> Array:
     along = np.sum((items @ rows.T) ** 2, axis=1) / (np.sum(items**2, axis=1) + 1e-12)
     spread: Array = (along - np.median(along)) / (along.std() + 1e-12)
     return spread
-
-
-def _flat(maps: Array) -> Array:
-    return maps.reshape(len(maps), -1).astype(np.float64)
 
 
 ATTACK = MatchedFilter()

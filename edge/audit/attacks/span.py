@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge.audit.attack import ALL_MODES, Budget, Claim
-from edge.audit.features import Array, clipped, noise_sigma, round_features, some_public
+from edge.audit.features import Array, backgrounds, clipped, flat, noise_sigma, round_features
 from edge.audit.observation import Observation, requests
-from edge.audit.separation import background_of, discount
+from edge.audit.separation import Background, discount
 
 _NOISELESS = 1e-4  # a member's share outside the span, squared, where only rounding is in the way
 
@@ -42,21 +42,17 @@ class Span:
         """See :class:`edge.audit.attack.Attack`."""
         public = observation.public
         groups = requests(observation)
-        gallery = [_flat(clipped(part)) for part in round_features(public, public.gallery)]
-        common = []
+        gallery = [flat(clipped(part)) for part in round_features(public, public.gallery)]
+        common: tuple[Background, ...] = ()
         if observation.mode != "mix":
-            rows = some_public(public, self.background, budget.rng())
-            inputs = public.training.inputs[rows]
-            common = [
-                background_of(_flat(clipped(part))) for part in round_features(public, inputs)
-            ]
+            common = backgrounds(observation, self.background, budget.rng())
         scores = []
         for group in groups:
             if budget.expired():
                 break
             total = np.zeros(len(public.gallery))
             for index, sent in enumerate(group.rounds):
-                rows_sent, items = _flat(sent), gallery[index]
+                rows_sent, items = flat(sent), gallery[index]
                 if common:
                     rows_sent, items = (
                         discount(x, common[index], sigma=noise_sigma(observation))
@@ -77,10 +73,6 @@ def residual(items: Array, rows: Array) -> Array:
     inside = np.sum((items @ basis.T) ** 2, axis=1)
     share: Array = 1 - inside / (np.sum(items**2, axis=1) + 1e-12)
     return np.clip(share, 0, 1)
-
-
-def _flat(maps: Array) -> Array:
-    return maps.reshape(len(maps), -1).astype(np.float64)
 
 
 ATTACK = Span()
