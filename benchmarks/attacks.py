@@ -49,6 +49,9 @@ from edge.promises import promise
 from edge.runtime import TorchDevice
 
 SCHEMA_VERSION = 1
+PAGE = Path(__file__).parents[1] / "docs" / "attacks.md"
+_BEGIN, _END = "<!-- table of benchmarks.attacks -->", "<!-- end of the table -->"
+_ORDER = ("mode", "sigma", "dataset", "bundle", "group_size", "attack", "operator", "metric")
 BUNDLES = Path(__file__).parents[1] / "bundles"
 KNOWN = "bounded-known"
 Row = dict[str, Any]
@@ -223,8 +226,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--datasets", default="", help="only these, with commas")
     parser.add_argument("--sigmas", default="", help="only these, with commas")
     parser.add_argument("--attacks", default="", help="only these, with commas")
+    parser.add_argument("--page", action="store_true", help="only write docs/attacks.md's table")
     parser.add_argument("--json", type=Path, help="where rows go, added to what is there")
     given = parser.parse_args(arguments)
+    if given.page:
+        write_page(_before(given.json)["rows"])
+        return 0
     attacks = suite(given.attacks.split(",") if given.attacks else None)
     before = _before(given.json)
     rows: list[Row] = []
@@ -269,6 +276,29 @@ def document(before: dict[str, Any], rows: list[Row], given: argparse.Namespace)
     found = {tuple(row[key] for key in _WHICH): row for row in (*before["rows"], *rows)}
     runs = [*before["runs"], head["command"]]
     return json.dumps({**head, "runs": runs, "rows": list(found.values())}, indent=1) + "\n"
+
+
+def write_page(rows: Sequence[Row], page: Path = PAGE) -> None:
+    """Put all rows into the table of docs/attacks.md, between its marks."""
+    before, _, rest = page.read_text().partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    columns = ("data", "mode", "sigma", "K", "n", "attack", "metric", "value", "floor", "verdict")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in sorted(rows, key=lambda row: [str(row[key]) for key in _ORDER]):
+        cells = (
+            row["dataset"] + (", one round" if row["bundle"].endswith("one-round") else ""),
+            row["mode"],
+            f"{row['sigma']:g}" if row["sigma"] else "",
+            str(row["group_size"]),
+            str(row["n"]),
+            row["attack"],
+            row["metric"],
+            f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})",
+            f"{row['floor']:.3f} ({row['floor_low']:.3f} to {row['floor_high']:.3f})",
+            row["verdict"],
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    page.write_text(before + _BEGIN + "\n" + "\n".join(lines) + "\n" + _END + after)
 
 
 if __name__ == "__main__":

@@ -89,3 +89,14 @@ def test_figures_are_medians_of_one_model_by_threads() -> None:
         "x_served_over_bare_2_threads": 0.1,
         "x_served_over_bare_2_threads_without_clients": 0.2,
     }
+
+
+def test_the_table_of_attacks_is_what_the_results_give(tmp_path: Path) -> None:
+    from benchmarks import attacks
+
+    result = json.loads((page.DOCS / "benchmarks/attacks.json").read_text())
+    copy = tmp_path / "attacks.md"
+    copy.write_text(attacks.PAGE.read_text())
+    attacks.write_page(result["rows"], copy)
+    assert copy.read_text() == attacks.PAGE.read_text()
+    assert all(f"{row['value']:.3f}" in copy.read_text() for row in result["rows"])
