@@ -2,7 +2,7 @@
 
 A shard allocates a row for every inference it owes before the run starts. A row that is never
 touched keeps the status UNSENT, so an inference that was never sent is counted and not forgotten.
-A million inferences are 70 MB of one array, not a million objects.
+A million inferences are 100 MB of one array, not a million objects.
 """
 
 from __future__ import annotations
@@ -37,9 +37,17 @@ COLUMNS = np.dtype(
         ("lag_s", np.float32),
         ("queue_s", np.float32),
         ("compute_s", np.float32),
+        ("stem_s", np.float32),
+        ("mix_s", np.float32),
+        ("encode_s", np.float32),
+        ("uplink_s", np.float32),
+        ("downlink_s", np.float32),
+        ("demix_s", np.float32),
+        ("head_s", np.float32),
         ("batch_rows", np.float32),
         ("bytes_up", np.uint32),
         ("bytes_down", np.uint32),
+        ("profile", np.uint8),
         ("status", np.uint16),
         ("retries", np.uint16),
         ("rounds", np.uint16),
@@ -65,9 +73,17 @@ class Result:
         lag_s: how late the generator was with the first message; NaN if it never got to it.
         queue_s: waiting in the cloud, summed over the answered rounds.
         compute_s: computing in the cloud, summed over the answered rounds.
+        stem_s: the device's stem, before the first round.
+        mix_s: mixing, summed over the rounds.
+        encode_s: making messages, summed over the rounds.
+        uplink_s: messages on their way up a simulated link, summed over the rounds.
+        downlink_s: answers on their way down a simulated link, summed over the rounds.
+        demix_s: de-mixing and bridges, summed over the answered rounds.
+        head_s: the device's head, after the last round.
         batch_rows: rows of the cloud's batches, summed over the answered rounds.
         bytes_up: bytes of all messages sent, retries included.
         bytes_down: bytes of all messages received.
+        profile: the device's profile, by its place in the run's list of profiles.
         status: OK, an HTTP status, or one of this module's codes.
         retries: messages sent again.
         rounds: rounds answered.
@@ -84,9 +100,17 @@ class Result:
     lag_s: float
     queue_s: float
     compute_s: float
+    stem_s: float
+    mix_s: float
+    encode_s: float
+    uplink_s: float
+    downlink_s: float
+    demix_s: float
+    head_s: float
     batch_rows: float
     bytes_up: int
     bytes_down: int
+    profile: int
     status: int
     retries: int
     rounds: int
