@@ -39,6 +39,9 @@ class FleetConfig:
         token: bearer token, where the cloud wants one; not in the repr.
         ca_file: PEM file of the authorities that may vouch for an ``https`` cloud; None for those
             that this machine trusts.
+        warm_up_s: inferences due before it are in no latency figure; they count everywhere else.
+        slo_s: the latency from the schedule up to which a right answer is of use; None for any.
+        out: new folder for the run's record, written as it goes; None for none.
     """
 
     url: str
@@ -61,6 +64,9 @@ class FleetConfig:
     rows: int = 4
     token: str | None = field(default=None, repr=False)
     ca_file: str | None = None
+    warm_up_s: float = 0.0
+    slo_s: float | None = None
+    out: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot mean anything."""
@@ -80,6 +86,13 @@ class FleetConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a positive number")
         if self.max_retries < 0 or self.retry_ratio < 0:
             raise ConfigError("max_retries and retry_ratio are 0 or more")
+        if not 0 <= self.warm_up_s < self.duration_s:
+            raise ConfigError(
+                f"warm_up_s is {self.warm_up_s}, expected at least 0 and less than duration_s, "
+                f"{self.duration_s}"
+            )
+        if self.slo_s is not None and not 0 < self.slo_s < float("inf"):
+            raise ConfigError(f"slo_s is {self.slo_s}, expected a positive number")
         self.access.context(self.url)
 
     @property

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge.fleet.report import Series, Summary
+from edge.fleet.report import Summary
+from edge.fleet.series import Series
 from edge.fleet.view import OBFUSCATION, rows
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ giving up never makes a percentile look better.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,42 +17,16 @@ import numpy.typing as npt
 
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
+from edge.fleet.quantiles import Floats, Intervals, Percentiles, intervals, observed
+from edge.fleet.quantiles import percentiles as percentiles
 from edge.fleet.result import Table
+from edge.fleet.series import Series, series, waited, warm
 from edge.fleet.stats import Sample, use
+from edge.fleet.waterfall import by_profile, slowest, waterfall
 
 LAG_BOUND_S = 0.05
 CPU_BOUND = 0.9
 CPU_LAG_BOUND_S = 0.01
-
-QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
-
-Percentiles = dict[str, float | None]
-Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Series:
-    """The run second by second: lists of one length; NaN where nothing is known.
-
-    Attributes:
-        second: the start of each second, counted from the start of the run.
-        offered: requests due per second (inferences times rounds).
-        answered: requests answered per second.
-        p50_s: median latency of the inferences that fell due in that second.
-        p99_s: their 99th percentile (the largest, where there are fewer than 100).
-        batch_rows: mean rows of the cloud's batches.
-        engine_busy: share of the second in which the engine computed.
-        latencies_s: (q, latency) points of the latency's distribution, for a plot.
-    """
-
-    second: list[float]
-    offered: list[float]
-    answered: list[float]
-    p50_s: list[float]
-    p99_s: list[float]
-    batch_rows: list[float]
-    engine_busy: list[float]
-    latencies_s: list[tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +51,20 @@ class Summary:
         seed: of the schedule.
         group_size: rows per request.
         rounds: requests per inference.
+        warm_up_s: inferences due before it count everywhere but in latencies, queue, compute and
+            waterfall.
+        warm_up_inferences: how many those are.
+        slo_s: the latency that an answer may take to be of use; None for any.
         offered_rate: requests due per second.
+        retried_rate: messages sent again, per second; in neither of the two around it.
         throughput: requests answered per second, within ``duration_s``.
         offered_inferences_per_s: inferences due per second.
         inferences_per_s: of those, answered right, per second of ``duration_s``.
+        goodput_inferences_per_s: of those, within ``slo_s`` of their schedule.
         rows_per_s: rows answered per second, within ``duration_s``.
         inferences: inferences that fell due.
         ok: answered right.
+        within_slo: of those, within ``slo_s`` of their schedule; None without one.
         failed: by HTTP status, or ``timeout``, ``connection``, ``answer`` (not what was asked).
         wrong: answered with other values than the local ones.
         unsent: due, but nothing left the device before the deadline.
@@ -98,11 +78,19 @@ class Summary:
         misrouted: answers that came to another device.
         unmatched: answers that nobody had asked for.
         unreadable: messages that were no response.
-        latency_s: of inferences, from the scheduled send.
+        latency_samples: inferences that have a latency: answered, or kept waiting until the
+            deadline; warm-up excluded.
+        latency_s: of those, from the scheduled send; None where the samples are too few.
+        latency_interval_s: where each of these percentiles lies with 95%.
         latency_from_send_s: of inferences, from the real send.
+        latency_from_send_interval_s: where each of these percentiles lies with 95%.
         generator_lag_s: real minus scheduled time of the first message.
         queue_s: waiting in the cloud, per request, by the cloud's clock (mean).
         compute_s: the engine's step, per request, by the cloud's clock (mean).
+        waterfall_s: mean seconds of each part of an answered inference
+            (:mod:`edge.fleet.waterfall`); None where none was answered.
+        waterfall_slowest_s: the same over the slowest hundredth of them.
+        profiles: how each kind of device fared.
         batch_rows_mean: rows per batch, from the replica's statistics; None where it gives none.
         batch_rows_per_request: rows of the batch that a request was in, on average.
         engine_busy_ratio: share of time the engine computed; None where it gives no statistics.
@@ -130,13 +118,19 @@ class Summary:
     seed: int
     group_size: int
     rounds: int
+    warm_up_s: float
+    warm_up_inferences: int
+    slo_s: float | None
     offered_rate: float
+    retried_rate: float
     throughput: float
     offered_inferences_per_s: float
     inferences_per_s: float
+    goodput_inferences_per_s: float
     rows_per_s: float
     inferences: int
     ok: int
+    within_slo: int | None
     failed: dict[str, int]
     wrong: int
     unsent: int
@@ -150,11 +144,17 @@ class Summary:
     misrouted: int
     unmatched: int
     unreadable: int
+    latency_samples: int
     latency_s: Percentiles
+    latency_interval_s: Intervals
     latency_from_send_s: Percentiles
+    latency_from_send_interval_s: Intervals
     generator_lag_s: Percentiles
     queue_s: float | None
     compute_s: float | None
+    waterfall_s: dict[str, float] | None
+    waterfall_slowest_s: dict[str, float] | None
+    profiles: list[dict[str, Any]]
     batch_rows_mean: float | None
     batch_rows_per_request: float | None
     engine_busy_ratio: float | None
@@ -204,6 +204,9 @@ class Run:
         interrupted: the run was stopped before its end.
         start_s: the common start by the monotonic clock.
         samples: the cloud's statistics.
+        profiles: names of the devices' profiles, by the number in the table.
+        lost: inferences that had begun and have no row, where the run was killed; None where it
+            came to its end.
     """
 
     config: FleetConfig
@@ -221,32 +224,8 @@ class Run:
     interrupted: bool
     start_s: float
     samples: Sequence[Sample]
-
-
-def percentiles(values: Floats) -> Percentiles:
-    """Observed values at the quantiles, and the largest; None where samples are too few.
-
-    A quantile q needs 1 / (1 - q) samples: below that nothing was seen beyond it, and a figure
-    would be made up.
-    """
-    ordered = np.sort(values)
-    count = len(ordered)
-    figures: Percentiles = {
-        name: float(ordered[math.ceil(q * count) - 1]) if count * (1 - q) > 1 - 1e-9 else None
-        for name, q in QUANTILES.items()
-    }
-    figures["max"] = float(ordered[-1]) if count else None
-    return figures
-
-
-def waited(table: Table) -> npt.NDArray[np.bool_]:
-    """Which inferences have a latency: answered, or kept waiting until the deadline.
-
-    A refusal is quick and says nothing about how long an answer takes; it counts as a failure.
-    """
-    statuses = (result.OK, result.WRONG, result.TIMEOUT, result.UNSENT)
-    kept: npt.NDArray[np.bool_] = np.isin(table["status"], statuses) & ~np.isnan(table["done_s"])
-    return kept
+    profiles: Sequence[str] = ()
+    lost: int | None = None
 
 
 def generator_lag(table: Table, elapsed_s: float) -> Floats:
@@ -281,18 +260,24 @@ def summarise(run: Run) -> Summary:
     wrong = by_status.pop(result.WRONG, 0)
     unsent = by_status.pop(result.UNSENT, 0)
     stopped = by_status.pop(result.STOPPED, 0)
-    failed = {result.STATUS_NAMES.get(code, str(code)): n for code, n in by_status.items()}
+    failed = {result.kind(code): n for code, n in by_status.items()}
 
-    kept = table[waited(table)]
-    sent = kept[~np.isnan(kept["sent_s"])]
-    lag = percentiles(generator_lag(table, run.elapsed_s))
-    lag_p99_s = lag["p99"] if lag["p99"] is not None else lag["max"] or 0.0
+    lags_s = generator_lag(table, run.elapsed_s)
+    lag = percentiles(lags_s)
+    lag_p99_s = observed(lags_s)["p99"] or lag["max"] or 0.0
     cpu_ratio = max(run.busy_ratios, default=0.0)
-    reason = invalid_reason(lag_p99_s, cpu_ratio, len(table))
+    reason = _cut_off(run) or invalid_reason(lag_p99_s, cpu_ratio, len(table))
+
+    counted = table[warm(table, config.warm_up_s)]
+    kept = counted[waited(counted)]
+    sent = kept[~np.isnan(kept["sent_s"])]
+    latency_s = kept["done_s"] - kept["scheduled_s"]
+    from_send_s = sent["done_s"] - sent["sent_s"]
+    soon = _within(table, config.slo_s)
 
     answered = table[np.isin(table["status"], (result.OK, result.WRONG))]
     inputs = len(answered) * run.group_size
-    rounds = int(table["rounds"].sum())
+    rounds = int(counted["rounds"].sum())
     in_window = (table["status"] == result.OK) & (table["done_s"] < run.window_s)
     # Without the drain at the end, in which the engine has little to do.
     during = [s for s in run.samples if s.at_s <= run.start_s + run.window_s + 1]
@@ -306,7 +291,7 @@ def summarise(run: Run) -> Summary:
         return float(answered[column].sum()) / inputs if inputs and known else None
 
     def per_request(column: str) -> float | None:
-        return float(table[column].sum(dtype=np.float64)) / rounds if rounds else None
+        return float(counted[column].sum(dtype=np.float64)) / rounds if rounds else None
 
     requests = counters["requests_sent"]
     return Summary(
@@ -325,13 +310,19 @@ def summarise(run: Run) -> Summary:
         seed=config.seed,
         group_size=run.group_size,
         rounds=run.rounds,
+        warm_up_s=config.warm_up_s,
+        warm_up_inferences=len(table) - len(counted),
+        slo_s=config.slo_s,
         offered_rate=per_s(len(table) * run.rounds),
+        retried_rate=per_s(counters["retries"]),
         throughput=per_s(counters["requests_in_window"]),
         offered_inferences_per_s=per_s(len(table)),
         inferences_per_s=per_s(int(in_window.sum())),
+        goodput_inferences_per_s=per_s(int((in_window & soon).sum())),
         rows_per_s=per_s(counters["rows_in_window"]),
         inferences=len(table),
         ok=ok,
+        within_slo=None if config.slo_s is None else int(soon.sum()),
         failed=failed,
         wrong=wrong,
         unsent=unsent,
@@ -350,11 +341,17 @@ def summarise(run: Run) -> Summary:
                 "unreadable",
             )
         },
-        latency_s=percentiles(kept["done_s"] - kept["scheduled_s"]),
-        latency_from_send_s=percentiles(sent["done_s"] - sent["sent_s"]),
+        latency_samples=len(kept),
+        latency_s=percentiles(latency_s),
+        latency_interval_s=intervals(latency_s),
+        latency_from_send_s=percentiles(from_send_s),
+        latency_from_send_interval_s=intervals(from_send_s),
         generator_lag_s=lag,
         queue_s=per_request("queue_s"),
         compute_s=per_request("compute_s"),
+        waterfall_s=waterfall(counted),
+        waterfall_slowest_s=waterfall(slowest(counted)),
+        profiles=by_profile(table, run.profiles, config.warm_up_s),
         batch_rows_mean=cloud.batch_rows_mean,
         batch_rows_per_request=per_request("batch_rows"),
         engine_busy_ratio=cloud.busy_ratio,
@@ -368,54 +365,19 @@ def summarise(run: Run) -> Summary:
     )
 
 
-def series(run: Run) -> Series:
-    """Cut a run into seconds. The last second may be a part; its rates are scaled up."""
-    table = run.table
-    seconds = max(1, math.ceil(run.window_s))
-    widths = np.clip(run.window_s - np.arange(seconds), 1e-3, 1.0)
-    bins = np.minimum(table["scheduled_s"].astype(np.int64), seconds - 1)
-    offered = np.bincount(bins, minlength=seconds) * run.rounds / widths
-    answered = run.answered[:seconds, 0] / widths
-    kept = waited(table)
-    latency_s = table["done_s"] - table["scheduled_s"]
-    middle, tail = [], []
-    for second in range(seconds):
-        ordered = np.sort(latency_s[kept & (bins == second)])
-        count = len(ordered)
-        middle.append(float(ordered[math.ceil(count * 0.5) - 1]) if count else math.nan)
-        tail.append(float(ordered[math.ceil(count * 0.99) - 1]) if count else math.nan)
-    batch_rows, busy = _engine(run, seconds)
-    return Series(
-        second=[float(second) for second in range(seconds)],
-        offered=offered.tolist(),
-        answered=answered.tolist(),
-        p50_s=middle,
-        p99_s=tail,
-        batch_rows=batch_rows,
-        engine_busy=busy,
-        latencies_s=distribution(latency_s[kept]),
+def _within(table: Table, slo_s: float | None) -> npt.NDArray[np.bool_]:
+    """Which inferences were answered right and soon enough to be of use."""
+    good: npt.NDArray[np.bool_] = table["status"] == result.OK
+    if slo_s is not None:
+        good &= table["done_s"] - table["scheduled_s"] <= slo_s
+    return good
+
+
+def _cut_off(run: Run) -> str | None:
+    """Say that a run was killed: the inferences under way then are missing, the slow ones first."""
+    if run.lost is None:
+        return None
+    return (
+        f"the run was cut off after {run.elapsed_s:.1f} s, and {run.lost} inferences that had "
+        f"begun have no row"
     )
-
-
-def distribution(latencies_s: Floats, points: int = 400) -> list[tuple[float, float]]:
-    """(share of inferences, latency that many do not exceed): at most ``points`` + 1 pairs."""
-    ordered = np.sort(latencies_s)
-    count = len(ordered)
-    ranks = np.unique(np.linspace(1, count, min(points, count)).astype(int))
-    return [(float(rank / count), float(ordered[rank - 1])) for rank in ranks]
-
-
-def _engine(run: Run, seconds: int) -> tuple[list[float], list[float]]:
-    """Batch rows and engine use per second, from neighbouring samples of one replica."""
-    rows, busy = [math.nan] * seconds, [math.nan] * seconds
-    last: dict[str, Sample] = {}
-    for sample in run.samples:
-        before = last.get(sample.replica)
-        last[sample.replica] = sample
-        second = int(sample.at_s - run.start_s)
-        if before is None or not 0 <= second < seconds:
-            continue
-        between = use([before, sample])
-        rows[second] = math.nan if between.batch_rows_mean is None else between.batch_rows_mean
-        busy[second] = math.nan if between.busy_ratio is None else between.busy_ratio
-    return rows, busy

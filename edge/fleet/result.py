@@ -124,6 +124,12 @@ class Result:
         return self.done_s - self.scheduled_s
 
 
+def kind(status: int) -> str:
+    """Name a status, as figures and plots do; an HTTP status by its number."""
+    named = STATUS_NAMES | {OK: "ok", WRONG: "wrong", UNSENT: "unsent", STOPPED: "stopped"}
+    return named.get(status, str(status))
+
+
 def allocate(schedule: Schedule, rows: int) -> Table:
     """Make the table of one shard: a row per inference it owes, all of them UNSENT."""
     table = np.zeros(len(schedule), COLUMNS)

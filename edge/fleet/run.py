@@ -23,7 +23,8 @@ from datamix.limits import raise_descriptor_limit
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
 from edge.fleet.process import Failure, Ready, Target, Task, main
-from edge.fleet.report import Run, Summary, percentiles, summarise
+from edge.fleet.quantiles import observed
+from edge.fleet.report import Run, Summary, summarise
 from edge.fleet.shard import Counters, Progress, ShardResult
 from edge.fleet.stats import Sampler, Use, fetch, use
 
@@ -273,7 +274,7 @@ class _Fleet:
             return
         latest = list(self._latest.values())
         counters = _add([part.counters for part in latest])
-        lately = percentiles(np.array(self._latencies_s))
+        lately = observed(np.array(self._latencies_s))
         cloud = (
             use([s for s in sampler.samples if s.at_s > now - 3]) if sampler else Use(None, None)
         )
