@@ -392,6 +392,15 @@ def simulate(
     verify: Annotated[bool, typer.Option(help="Compare every answer with the local one.")] = True,
     timeout: Annotated[float, typer.Option(help="Seconds until an inference has failed.")] = 10,
     rows: Annotated[int, typer.Option(help="Rows per message of the echo workload.")] = 4,
+    warm_up: Annotated[
+        float, typer.Option(help="Inferences due in the first so many seconds are in no latency.")
+    ] = 0,
+    slo: Annotated[
+        float | None, typer.Option(help="Seconds up to which a right answer is of use (goodput).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the run's record, written as it goes.")
+    ] = None,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     json_path: Annotated[
@@ -419,6 +428,9 @@ def simulate(
         verify=verify,
         timeout_s=timeout,
         rows=rows,
+        warm_up_s=warm_up,
+        slo_s=slo,
+        out=None if out is None else str(out.absolute()),
         token=_token(token_file),
         ca_file=None if ca_file is None else str(ca_file),
     )

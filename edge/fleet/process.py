@@ -25,6 +25,7 @@ from datamix.errors import DataMixError
 from datamix.limits import raise_descriptor_limit
 from edge.fleet import pacing
 from edge.fleet.config import FleetConfig
+from edge.fleet.recorder import recording
 from edge.fleet.shard import Shard
 from edge.fleet.workload import EchoWorkload, Workload
 
@@ -150,7 +151,8 @@ async def _serve(connection: Connection, task: Task) -> Any:
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     connection.send(Ready(task.number))
-    return await shard.run(await start)
+    with recording(shard):
+        return await shard.run(await start)
 
 
 def load(config: FleetConfig, target: Target, inferences: int) -> Workload:

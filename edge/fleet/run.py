@@ -24,6 +24,7 @@ from edge.fleet import result
 from edge.fleet.config import FleetConfig
 from edge.fleet.process import Failure, Ready, Target, Task, main
 from edge.fleet.quantiles import observed
+from edge.fleet.recorder import Recorder
 from edge.fleet.report import Run, Summary, summarise
 from edge.fleet.shard import Counters, Progress, ShardResult
 from edge.fleet.stats import Sampler, Use, fetch, use
@@ -87,12 +88,17 @@ def simulate(config: FleetConfig, on_progress: OnProgress | None = None) -> Summ
     check_descriptors(config)
     target = discover(config)
     mode, rounds, rows = _shape(config, target)
-    sampler = Sampler(config.base_url, config.access)
+    recorder = None if config.out is None else Recorder(config)
+    sampler = Sampler(config.base_url, config.access, recorder.sample if recorder else None)
     with _shards(config, target) as fleet:
         fleet.wait_ready(on_progress)
         sampler.start()
         try:
             start_s = fleet.start()
+            if recorder is not None:
+                recorder.begin(
+                    model=target.model, mode=mode, rounds=rounds, group_size=rows, start_s=start_s
+                )
             interrupted = fleet.follow(start_s, sampler, on_progress)
         finally:
             samples = sampler.stop()
@@ -101,25 +107,27 @@ def simulate(config: FleetConfig, on_progress: OnProgress | None = None) -> Summ
     answered = np.zeros((longest, 2), np.int64)
     for part in results:
         answered[: len(part.answered)] += part.answered
-    return summarise(
-        Run(
-            config=config,
-            model=target.model,
-            mode=mode,
-            rounds=rounds,
-            group_size=rows,
-            table=result.merge([part.table for part in results]),
-            answered=answered,
-            counters=_add([part.counters for part in results]),
-            cpu_s=[part.cpu_s for part in results],
-            busy_ratios=[part.busy_ratio for part in results],
-            window_s=max(part.window_s for part in results),
-            elapsed_s=max(part.elapsed_s for part in results),
-            interrupted=interrupted,
-            start_s=start_s,
-            samples=samples,
-        )
+    whole = Run(
+        config=config,
+        model=target.model,
+        mode=mode,
+        rounds=rounds,
+        group_size=rows,
+        table=result.merge([part.table for part in results]),
+        answered=answered,
+        counters=_add([part.counters for part in results]),
+        cpu_s=[part.cpu_s for part in results],
+        busy_ratios=[part.busy_ratio for part in results],
+        window_s=max(part.window_s for part in results),
+        elapsed_s=max(part.elapsed_s for part in results),
+        interrupted=interrupted,
+        start_s=start_s,
+        samples=samples,
     )
+    summary = summarise(whole)
+    if recorder is not None:
+        recorder.end(whole, summary)
+    return summary
 
 
 def discover(config: FleetConfig) -> Target:

@@ -328,6 +328,11 @@ class Shard:
         cpu_s = time.process_time() - self._start_cpu_s
         self._busy_ratio = cpu_s / max(1e-9, self.clock() - self._start_s)
 
+    @property
+    def begun(self) -> int:
+        """How many rows of the table have begun: those before this place."""
+        return self._next
+
     def progress(self) -> Progress:
         """Say what was done so far; hands over the latencies since the last call."""
         latencies_s, self._latencies_s = self._latencies_s, []
