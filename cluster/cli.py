@@ -23,6 +23,7 @@ from cluster.audit_cli import audit
 from cluster.costs_cli import costs
 from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
+from cluster.report_cli import compare, report
 from cluster.search_cli import as_search, search
 from cluster.training_cli import add_training
 from datamix.errors import ConfigError, DataMixError
@@ -39,8 +40,10 @@ app = typer.Typer(
 )
 app.add_typer(models, name="models")
 app.command()(audit)
+app.command()(compare)
 app.command()(costs)
 app.command()(ledger)
+app.command()(report)
 app.command()(search)
 add_training(app)
 

@@ -185,7 +185,7 @@ def versions() -> dict[str, str | None]:
 
 def write_json(path: Path, body: Mapping[str, Any]) -> None:
     """Write a file that is there whole or not at all."""
-    part = path.with_suffix(".part")
+    part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(body, indent=1, allow_nan=False) + "\n")
     os.replace(part, path)
 

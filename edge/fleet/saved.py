@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,24 @@ def load_run(folder: str | Path) -> Run:
         return Run(**known, **(_end(folder) if whole else _cut_off(folder, config, known)))
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder.name} is no record of a run: {error!r}") from None
+
+
+def about(folder: str | Path) -> list[tuple[str, str]]:
+    """Name and text of how, when and where a run was made.
+
+    Raises:
+        ConfigError: it is no folder of a run.
+    """
+    body = _read(Path(folder) / "run.json")
+    lines = [("started at", body.get("started_at")), ("command", body.get("command"))]
+    for key in ("machine", "versions", "config"):
+        found = body.get(key)
+        lines += sorted(found.items()) if isinstance(found, dict) else []
+    return [
+        (str(name), shlex.join(map(str, value)) if name == "command" and value else str(value))
+        for name, value in lines
+        if value is not None
+    ]
 
 
 def _end(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -123,10 +123,10 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
     return figures
 
 
-def show(summary: Summary, console: Console | None = None) -> None:
+def show(summary: Summary, console: Console | None = None, title: str = "Fleet") -> None:
     """Print the report of a run."""
     console = console or Console()
-    view = Table(title="Fleet", show_header=False, title_justify="left")
+    view = Table(title=title, show_header=False, title_justify="left")
     view.add_column(style="bold")
     view.add_column()
     for name, figure in rows(summary):
@@ -134,6 +134,44 @@ def show(summary: Summary, console: Console | None = None) -> None:
     console.print(view)
     if summary.mode == "mix":
         console.print(OBFUSCATION)
+
+
+def overview(runs: Sequence[tuple[str, Summary]]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of a table with a line per run."""
+    head = ["run", "valid", "offered/s", "goodput/s", "right", "p50", "p99", "batch rows", "engine"]
+    lines = []
+    for name, one in runs:
+        tails = [percentile_cell(one, key) for key in ("p50", "p99")]
+        lines.append(
+            [
+                name,
+                "yes" if one.valid else "NO",
+                number(one.offered_inferences_per_s),
+                number(one.goodput_inferences_per_s),
+                f"{one.ok} of {one.inferences}",
+                *tails,
+                number(one.batch_rows_mean),
+                share(one.engine_busy_ratio),
+            ]
+        )
+    return head, lines
+
+
+def show_overview(runs: Sequence[tuple[str, Summary]], console: Console | None = None) -> None:
+    """Print a line per run."""
+    head, lines = overview(runs)
+    view = Table(*head, title="Runs (per second: inferences)", title_justify="left")
+    for line_of_cells in lines:
+        view.add_row(*line_of_cells)
+    (console or Console()).print(view)
+
+
+def percentile_cell(summary: Summary, key: str) -> str:
+    """One percentile from the schedule with its interval."""
+    value, span = summary.latency_s[key], summary.latency_interval_s[key]
+    if value is None or span is None:
+        return "not enough samples"
+    return f"{duration(value)} ({interval(*span)})"
 
 
 def goodput(summary: Summary) -> str:
