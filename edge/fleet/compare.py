@@ -138,7 +138,7 @@ class _Resampled:
         seconds = max(1, math.ceil(run.window_s))
         due = np.minimum(table["scheduled_s"].astype(np.int64), seconds - 1)
         done = table["done_s"]
-        latency_s = done - table["scheduled_s"]
+        latency_s = result.latency_s(table)
         right = table["status"] == result.OK
         soon = right if config.slo_s is None else right & (latency_s <= config.slo_s)
         in_time = done < run.window_s

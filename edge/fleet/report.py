@@ -268,16 +268,17 @@ def summarise(run: Run) -> Summary:
     cpu_ratio = max(run.busy_ratios, default=0.0)
     reason = _cut_off(run) or invalid_reason(lag_p99_s, cpu_ratio, len(table))
 
-    counted = table[warm(table, config.warm_up_s)]
-    kept = counted[waited(counted)]
-    sent = kept[~np.isnan(kept["sent_s"])]
-    latency_s = kept["done_s"] - kept["scheduled_s"]
-    from_send_s = sent["done_s"] - sent["sent_s"]
+    # Masks and columns: a copy of the whole table would take longer than all sums over it.
+    counted = warm(table, config.warm_up_s)
+    kept = counted & waited(table)
+    sent = kept & ~np.isnan(table["sent_s"])
+    latency_s = result.latency_s(table)[kept]
+    from_send_s = (table["done_s"] - table["sent_s"])[sent]
     soon = _within(table, config.slo_s)
 
-    answered = table[np.isin(table["status"], (result.OK, result.WRONG))]
-    inputs = len(answered) * run.group_size
-    rounds = int(counted["rounds"].sum())
+    answered = np.isin(table["status"], (result.OK, result.WRONG))
+    inputs = int(answered.sum()) * run.group_size
+    rounds = int(table["rounds"][counted].sum())
     in_window = (table["status"] == result.OK) & (table["done_s"] < run.window_s)
     # Without the drain at the end, in which the engine has little to do.
     during = [s for s in run.samples if s.at_s <= run.start_s + run.window_s + 1]
@@ -288,10 +289,10 @@ def summarise(run: Run) -> Summary:
         return count / run.window_s if run.window_s > 0 else 0.0
 
     def share(column: str, known: bool) -> float | None:
-        return float(answered[column].sum()) / inputs if inputs and known else None
+        return float(table[column][answered].sum()) / inputs if inputs and known else None
 
     def per_request(column: str) -> float | None:
-        return float(counted[column].sum(dtype=np.float64)) / rounds if rounds else None
+        return float(table[column][counted].sum(dtype=np.float64)) / rounds if rounds else None
 
     requests = counters["requests_sent"]
     return Summary(
@@ -311,7 +312,7 @@ def summarise(run: Run) -> Summary:
         group_size=run.group_size,
         rounds=run.rounds,
         warm_up_s=config.warm_up_s,
-        warm_up_inferences=len(table) - len(counted),
+        warm_up_inferences=int((~counted).sum()),
         slo_s=config.slo_s,
         offered_rate=per_s(len(table) * run.rounds),
         retried_rate=per_s(counters["retries"]),
@@ -341,7 +342,7 @@ def summarise(run: Run) -> Summary:
                 "unreadable",
             )
         },
-        latency_samples=len(kept),
+        latency_samples=len(latency_s),
         latency_s=percentiles(latency_s),
         latency_interval_s=intervals(latency_s),
         latency_from_send_s=percentiles(from_send_s),
@@ -349,8 +350,8 @@ def summarise(run: Run) -> Summary:
         generator_lag_s=lag,
         queue_s=per_request("queue_s"),
         compute_s=per_request("compute_s"),
-        waterfall_s=waterfall(counted),
-        waterfall_slowest_s=waterfall(slowest(counted)),
+        waterfall_s=waterfall(table, counted),
+        waterfall_slowest_s=waterfall(table, slowest(table, counted)),
         profiles=by_profile(table, run.profiles, config.warm_up_s),
         batch_rows_mean=cloud.batch_rows_mean,
         batch_rows_per_request=per_request("batch_rows"),

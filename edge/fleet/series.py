@@ -89,7 +89,7 @@ def series(run: Run) -> Series:
     widths_s = np.clip(run.window_s - starts_s, 1e-3, width_s)
     bins = np.minimum(table["scheduled_s"].astype(np.int64) // width_s, count - 1)
     kept = waited(table)
-    latency_s = table["done_s"] - table["scheduled_s"]
+    latency_s = result.latency_s(table)
     middle, tail = _tails(bins[kept], latency_s[kept], count)
     batch_rows, busy = _engine(run, count, width_s)
 
@@ -148,8 +148,8 @@ def _tails(
 
 def _batches(table: result.Table) -> list[tuple[float, float, float]]:
     """A histogram over the answered inferences, by the mean batch of their requests."""
-    answered = table[table["rounds"] > 0]
-    rows = answered["batch_rows"] / answered["rounds"]
+    answered = table["rounds"] > 0
+    rows = table["batch_rows"][answered] / table["rounds"][answered]
     if not len(rows) or not rows.max() > 0:
         return []
     step = max(1, math.ceil((rows.max() + 1) / _BATCH_BINS))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edge.fleet import result
 from edge.fleet.quantiles import percentiles
@@ -30,25 +32,34 @@ REST = "rest_s"
 SLOWEST = 0.01
 
 
-def waterfall(table: Table) -> dict[str, float] | None:
-    """Mean seconds of each part over the answered inferences, and the rest; None without any.
+Bools = npt.NDArray[np.bool_]
 
-    The parts add up to the mean latency from the schedule.
+
+def waterfall(table: Table, some: Bools) -> dict[str, float] | None:
+    """Mean seconds of each part over the answered of ``some`` inferences, and the rest.
+
+    The parts add up to the mean latency from the schedule. None where none was answered.
     """
-    answered = _answered(table)
-    if not len(answered):
+    answered = some & _answered(table)
+    count = int(answered.sum())
+    if not count:
         return None
-    means = {part: float(answered[part].mean(dtype=np.float64)) for part in PARTS}
-    total_s = float((answered["done_s"] - answered["scheduled_s"]).mean())
+    means = {part: float(table[part][answered].mean(dtype=np.float64)) for part in PARTS}
+    total_s = float(result.latency_s(table)[answered].mean())
     return means | {REST: total_s - sum(means.values())}
 
 
-def slowest(table: Table, share: float = SLOWEST) -> Table:
-    """Of the answered inferences the slowest ``share``, at least one where there is any."""
-    answered = _answered(table)
-    count = int(np.ceil(len(answered) * share))
-    latency_s = answered["done_s"] - answered["scheduled_s"]
-    return answered[np.argsort(latency_s, kind="stable")[len(answered) - count :]]
+def slowest(table: Table, some: Bools, share: float = SLOWEST) -> Bools:
+    """Of the answered of ``some`` the slowest ``share``, at least one where there is any."""
+    places = np.flatnonzero(some & _answered(table))
+    count = math.ceil(len(places) * share)
+    latency_s = result.latency_s(table)[places]
+    chosen = np.zeros(len(table), bool)
+    if count:
+        chosen[places[np.argpartition(latency_s, len(places) - count)[len(places) - count :]]] = (
+            True
+        )
+    return chosen
 
 
 def by_profile(table: Table, names: Sequence[str], warm_up_s: float = 0.0) -> list[dict[str, Any]]:
@@ -58,23 +69,25 @@ def by_profile(table: Table, names: Sequence[str], warm_up_s: float = 0.0) -> li
     what was due before ``warm_up_s``: ``latency_s`` (percentiles from the schedule) and
     ``waterfall_s``.
     """
+    counted = warm(table, warm_up_s)
+    kept = counted & waited(table)
+    latency_s = result.latency_s(table)
     entries = []
     for number in np.unique(table["profile"]).tolist():
-        some = table[table["profile"] == number]
-        counted = some[warm(some, warm_up_s)]
-        kept = counted[waited(counted)]
+        mine = table["profile"] == number
         entries.append(
             {
                 "profile": names[number] if number < len(names) else f"profile {number}",
-                "devices": len(np.unique(some["device"])),
-                "inferences": len(some),
-                "ok": int((some["status"] == result.OK).sum()),
-                "latency_s": percentiles(kept["done_s"] - kept["scheduled_s"]),
-                "waterfall_s": waterfall(counted),
+                "devices": len(np.unique(table["device"][mine])),
+                "inferences": int(mine.sum()),
+                "ok": int((mine & (table["status"] == result.OK)).sum()),
+                "latency_s": percentiles(latency_s[mine & kept]),
+                "waterfall_s": waterfall(table, mine & counted),
             }
         )
     return entries
 
 
-def _answered(table: Table) -> Table:
-    return table[np.isin(table["status"], (result.OK, result.WRONG))]
+def _answered(table: Table) -> Bools:
+    answered: Bools = np.isin(table["status"], (result.OK, result.WRONG))
+    return answered
