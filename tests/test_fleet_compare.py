@@ -66,6 +66,13 @@ def test_runs_of_one_law_differ_no_more_often_than_they_may(
     assert differ / sum(verdicts.values()) < 0.12, verdicts  # 5%, hanging together by fives
 
 
+def test_no_failure_seen_is_not_none_at_all() -> None:
+    one = figures(make_run(), make_run())["not answered right"]
+    assert one.a == one.b == one.difference == 0 and one.verdict == SAME
+    low, high = one.difference_interval or (0.0, 0.0)
+    assert low == pytest.approx(-high) and high == pytest.approx(3.8 / 1000, rel=0.02)
+
+
 def test_another_load_is_said_and_no_rate_is_judged() -> None:
     found = compare(("a", lively(1)), ("b", lively(2, rate=150)))
     assert any("100.0 and 150.0 requests/s" in note for note in found.notes)

@@ -29,10 +29,6 @@ def report(folders: Sequence[Path], html_path: Path | None, json_path: Path | No
     runs = [
         (name, summarise(load_run(folder))) for name, folder in zip(names, folders, strict=True)
     ]
-    if len(runs) > 1:
-        show_overview(runs)
-    for name, summary in runs:
-        show(summary, title="Fleet" if len(runs) == 1 else name)
     if json_path is not None:
         entries = [
             {"run": name, **one.as_dict(), "series": one.series.as_dict()} for name, one in runs
@@ -49,6 +45,10 @@ def report(folders: Sequence[Path], html_path: Path | None, json_path: Path | No
             ],
             "DataMix: a fleet's report" if len(runs) == 1 else f"DataMix: {len(runs)} runs",
         )
+    if len(runs) > 1:
+        show_overview(runs)
+    for name, summary in runs:
+        show(summary, title="Fleet" if len(runs) == 1 else name)
     return max(summary.exit_code for _, summary in runs)
 
 
@@ -61,9 +61,9 @@ def compare_runs(a: Path, b: Path, json_path: Path | None) -> Comparison:
     _check(None, json_path)
     names = unique_names([a, b])
     found = compare((names[0], load_run(a)), (names[1], load_run(b)))
-    show_comparison(found)
     if json_path is not None:
         _write(json_path, found.as_dict())
+    show_comparison(found)
     return found
 
 
