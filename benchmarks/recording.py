@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def looks(folder: Path, rate: int) -> dict[str, object]:
     }
 
 
-def whole(folder: Path) -> dict[str, float]:
+def whole(folder: Path) -> dict[str, Any]:
     """Write, read and fold a run of a million inferences; seconds."""
     rate = 1000.0
     table = ended(_WHOLE_ROWS, rate)

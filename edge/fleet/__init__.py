@@ -20,7 +20,8 @@ saved.py      a folder -> the run again, whole or cut off
 compare.py    two runs: better, worse, no difference seen
 view.py       the live view in a terminal, and the figures as text
 drawing.py    plots as SVG that a page can colour
-plots.py      the plots of a run, and of several against their load
+plots.py      the plots of a run
+load_plots.py the plots of several runs against their load
 page.py       the report as one HTML file
 command.py    ``datamix simulate``
 reporting.py  ``datamix report`` and ``datamix compare``

@@ -108,7 +108,7 @@ def line_plot(
 
     step = max(1, math.ceil(len(x) / _TABLE_ROWS))
     rows = [
-        tuple(_number(value) for value in (x[place], *(values[place] for _, values in lines)))
+        tuple(number(value) for value in (x[place], *(values[place] for _, values in lines)))
         for place in range(0, len(x), step)
     ]
     parts = [f"{label} {_range(values)}" for label, values in lines]
@@ -183,11 +183,11 @@ def _range(values: Sequence[float]) -> str:
     known = [value for value in values if math.isfinite(value)]
     if not known:
         return "not known"
-    low, high = _number(min(known)), _number(max(known))
+    low, high = number(min(known)), number(max(known))
     return low if low == high else f"{low} to {high}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three digits that matter."""
     if not math.isfinite(value):
         return "-"
@@ -196,4 +196,15 @@ def _number(value: float) -> str:
     return f"{value:.0f}"
 
 
-number = _number
+def plain_ticks(axis: Any) -> None:
+    """A logarithmic axis with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def or_nan(value: float | None) -> float:
+    """A figure that may not be known as a place on an axis."""
+    return math.nan if value is None else value

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from datamix.errors import ConfigError
 from edge.fleet.drawing import Plot
-from edge.fleet.plots import load_plots, run_plots
+from edge.fleet.load_plots import load_plots
+from edge.fleet.plots import run_plots
 from edge.fleet.report import Summary
 from edge.fleet.series import Series
 from edge.fleet.view import OBFUSCATION, overview, rows
@@ -48,7 +49,7 @@ a { color: var(--blue); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
   gap: 2rem 1.5rem; margin: 1.5rem 0; align-items: start; grid-auto-flow: dense; }
 @media (min-width: 52rem) { .tall { grid-row: span 2; } }
-figure { margin: 0; min-width: 0; break-inside: avoid; }
+figure { margin: 0; min-width: 0; max-width: 40rem; break-inside: avoid; }
 figcaption { font-size: .9rem; color: var(--soft); }
 svg { width: 100%; height: auto; display: block; } svg text { fill: currentColor; }
 details { font-size: .9rem; margin-top: .3rem; } summary { cursor: pointer; }

@@ -1,4 +1,4 @@
-"""The plots of one run, and of several against their load."""
+"""The plots of one run, in reading order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from edge.fleet.drawing import (
     BLUE,
     FAINT,
-    GREEN,
     INK,
     ORANGE,
     SHADE,
@@ -19,8 +18,11 @@ from edge.fleet.drawing import (
     draw_figure,
     line_plot,
     number,
+    or_nan,
+    plain_ticks,
     tidy,
 )
+from edge.fleet.load_plots import with_interval
 from edge.fleet.quantiles import LABELS
 from edge.fleet.report import Summary
 from edge.fleet.series import Series
@@ -105,102 +107,6 @@ def run_plots(summary: Summary, series: Series, salt: str = "") -> list[Plot]:
     return plots
 
 
-def load_plots(runs: Sequence[tuple[str, Summary]]) -> list[Plot]:
-    """Percentiles, goodput and use of several runs against what they offered."""
-    runs = sorted(runs, key=lambda run: run[1].offered_inferences_per_s)
-    offered = [summary.offered_inferences_per_s for _, summary in runs]
-    joined = len({(one.workload, one.model, one.mode) for _, one in runs}) == 1
-    x_label = "offered inferences per s"
-
-    def values(name: str) -> list[float]:
-        return [_or_nan(summary.latency_s[name]) * 1e3 for _, summary in runs]
-
-    def spans(name: str) -> list[tuple[float, float]]:
-        found = [summary.latency_interval_s[name] for _, summary in runs]
-        return [(math.nan, math.nan) if s is None else (s[0] * 1e3, s[1] * 1e3) for s in found]
-
-    known = [name for name in LABELS if any(map(math.isfinite, values(name)))]
-
-    def fill(axes: Axes) -> None:
-        for place, name in enumerate(known):
-            middle, span = values(name), spans(name)
-            low = [a - b for a, (b, _) in zip(middle, span, strict=True)]
-            high = [b - a for a, (_, b) in zip(middle, span, strict=True)]
-            axes.errorbar(
-                offered,
-                middle,
-                yerr=[low, high],
-                color=(BLUE, GREEN, ORANGE, INK)[place],
-                linestyle=("-", "-.", "--", ":")[place] if joined else "",
-                marker="os^D"[place],
-                markersize=4,
-                capsize=3,
-                label=LABELS[name],
-            )
-        invalid = [place for place, (_, one) in enumerate(runs) if not one.valid]
-        marked = [
-            (offered[place], values(name)[place])
-            for place in invalid
-            for name in known
-            if math.isfinite(values(name)[place])
-        ]
-        if marked:
-            axes.plot(*zip(*marked, strict=True), "x", color=INK, markersize=9, label="not valid")
-        axes.set_xlabel(x_label)
-        axes.set_ylabel("latency in ms (logarithmic)")
-        axes.set_xlim(0, 1.08 * max(offered) or 1)
-        if known:
-            axes.set_yscale("log")
-            _plain_ticks(axes.yaxis)
-            above(axes)
-
-    rows = [
-        (
-            name,
-            number(one.offered_inferences_per_s),
-            *(_with_interval(one, key) for key in LABELS),
-            "yes" if one.valid else "no",
-        )
-        for name, one in runs
-    ]
-    alt = "Percentiles of the latency in ms against the offered load; the table has the numbers."
-    return [
-        Plot(
-            "Percentiles against load",
-            draw(fill, "load", alt),
-            "From the scheduled send to the answer, a mark per run and percentile, with its 95% "
-            "interval. A percentile of which a run has too few samples is not there.",
-            alt,
-            ("run", x_label, *(f"{label}, ms" for label in LABELS.values()), "valid"),
-            rows,
-        ),
-        line_plot(
-            "Goodput against load",
-            "Inferences answered right, and within the SLO where there is one, beside those that "
-            "were due.",
-            offered,
-            [
-                ("offered", offered),
-                ("goodput", [one.goodput_inferences_per_s for _, one in runs]),
-            ],
-            (x_label, "inferences per s"),
-            salt="load goodput",
-        ),
-        line_plot(
-            "Use against load",
-            "Share of time in which the engines computed, and cores of the busiest generator "
-            "process.",
-            offered,
-            [
-                ("engine busy", [100 * _or_nan(one.engine_busy_ratio) for _, one in runs]),
-                ("generator", [100 * one.generator_cpu_ratio for _, one in runs]),
-            ],
-            (x_label, "% of time"),
-            salt="load use",
-        ),
-    ]
-
-
 def _waterfall(summary: Summary, salt: str) -> Plot:
     """Each part in a row of its own, beginning where the one before ended: no colours to tell."""
     columns = [
@@ -262,15 +168,15 @@ def _distribution(summary: Summary, series: Series, salt: str) -> Plot:
         axes.set_ylabel("% of inferences")
         if points:
             axes.set_xscale("log")
-            _plain_ticks(axes.xaxis)
+            plain_ticks(axes.xaxis)
         if summary.slo_s is not None:
             axes.axvline(summary.slo_s * 1e3, color=INK, linestyle=":")
             axes.text(summary.slo_s * 1e3, 3, "SLO ", fontsize=9, ha="right")
         axes.set_ylim(0, 102)
 
     rows = [
-        (LABELS[name], _with_interval(summary, name)) for name in LABELS
-    ] + [("largest", number(1e3 * _or_nan(summary.latency_s["max"])))]  # fmt: skip
+        (LABELS[name], with_interval(summary, name)) for name in LABELS
+    ] + [("largest", number(1e3 * or_nan(summary.latency_s["max"])))]  # fmt: skip
     alt = "Distribution of the latency in ms: " + ", ".join(f"{a} {b}" for a, b in rows)
     return Plot(
         "How many wait how long",
@@ -322,7 +228,7 @@ def _profiles(summary: Summary, salt: str) -> Plot:
 
     def fill(axes: Axes) -> None:
         for shift, key, colour, hatch in ((-0.2, "p50", BLUE, ""), (0.2, "p99", ORANGE, "////")):
-            values = [1e3 * _or_nan(one["latency_s"][key]) for one in summary.profiles]
+            values = [1e3 * or_nan(one["latency_s"][key]) for one in summary.profiles]
             places = [place + shift for place in range(len(names))]
             axes.barh(places, values, height=0.38, color=colour, hatch=hatch, edgecolor=INK,
                       linewidth=0.5, label=key)  # fmt: skip
@@ -337,7 +243,7 @@ def _profiles(summary: Summary, salt: str) -> Plot:
             str(one["devices"]),
             str(one["inferences"]),
             str(one["ok"]),
-            *(number(1e3 * _or_nan(one["latency_s"][key])) for key in LABELS),
+            *(number(1e3 * or_nan(one["latency_s"][key])) for key in LABELS),
         )
         for one in summary.profiles
     ]
@@ -366,26 +272,6 @@ def _warm_up_caption(summary: Summary) -> str:
     if not summary.warm_up_s:
         return ""
     return f" The hatched first {summary.warm_up_s:g} s are warm-up: in no other latency here."
-
-
-def _plain_ticks(axis: Any) -> None:
-    """A logarithmic axis with plain numbers."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _with_interval(summary: Summary, name: str) -> str:
-    value, span = summary.latency_s[name], summary.latency_interval_s[name]
-    if value is None or span is None:
-        return "not enough samples"
-    return f"{number(1e3 * value)} ({number(1e3 * span[0])} to {number(1e3 * span[1])})"
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _ms(values: Sequence[float]) -> list[float]:
