@@ -87,6 +87,7 @@ class Shard:
     _under_way: int = field(init=False, default=0)
     _granted: int = field(init=False, default=0)
     _rows: int = field(init=False)
+    _distinct: int = field(init=False)
     _thinking: set[int] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
@@ -112,6 +113,7 @@ class Shard:
             self.on_crash,
         )
         self._rows = len(self.table)
+        self._distinct = max(1, self.schedule.distinct)
         self._charge()
         self._window_s = config.duration_s
         self._done = asyncio.get_running_loop().create_future()
@@ -293,7 +295,7 @@ class Shard:
             return
         if config.cancel is not None and config.cancel.has(config.seed, index):
             self._timers.at(due_s + config.cancel.after_s, self._cancel, flight)
-        inference = flight.inference = self.workload.start(index % self.schedule.distinct)
+        inference = flight.inference = self.workload.start(index % self._distinct)
         stages = self.workload.stages
         if stages is not None:
             stages.clear()
@@ -305,7 +307,7 @@ class Shard:
             return
         if stages is not None:
             column["mix_s"][position] = stages.mix_s
-        self._ask(flight, question, None)
+        column["encode_s"][position] = self._ask(flight, question, None)
         column["lag_s"][position] = self.clock() - due_s
         self._hand_over(flight)
 
@@ -322,12 +324,7 @@ class Shard:
             block=question.block,
             deadline_s=flight.deadline_s - (begun_s if at_s is None else at_s),
         )
-        times = flight.device.times
-        encode_s = self.clock() - begun_s
-        if times is not None and times.encode_s is not None:
-            encode_s = times.encode_s
-        self._column["encode_s"][flight.position] += encode_s
-        return encode_s
+        return self.clock() - begun_s
 
     def _prepare(self, flight: Flight, question: Round, at_s: float, times: Times) -> None:
         """Mix and make the message of a device with a profile, from its time ``at_s`` on."""
@@ -337,6 +334,9 @@ class Shard:
             mix_s = 0.0 if stages is None else stages.mix_s
         self._column["mix_s"][flight.position] += mix_s
         encode_s = self._ask(flight, question, at_s + mix_s)
+        if times.encode_s is not None:
+            encode_s = times.encode_s
+        self._column["encode_s"][flight.position] += encode_s
         self._set_out(flight, at_s + mix_s + encode_s)
 
     def _send(self, flight: Flight) -> None:
@@ -412,7 +412,7 @@ class Shard:
         del self._flights[response.request_id]
         self._column["bytes_down"][flight.position] += len(body)
         if device.traffic is None:
-            self._react(flight, response, self.clock())
+            self._react(flight, response, self.clock() if device.times is not None else 0.0)
             return
         # What has left the cloud arrives, also where the stream is lost meanwhile.
         now_s = self.clock()
@@ -454,33 +454,33 @@ class Shard:
             column["correct"][position] = end.value.correct
             column["correct_local"][position] = end.value.correct_local
             status = result.WRONG if end.value.wrong else result.OK
-            ready_s = self._restored_s(flight, at_s, last=True)
+            if stages is not None or times is not None:
+                at_s = self._restored_s(flight, at_s, last=True)
             if times is None:
                 self._end(flight, status)
-            elif ready_s > self.clock():
+            elif at_s > self.clock():
                 flight.held = True
-                self._timers.at(ready_s, self._end, flight, status, ready_s)
+                self._timers.at(at_s, self._end, flight, status, at_s)
             else:
-                self._end(flight, status, ready_s)
+                self._end(flight, status, at_s)
             return
         except AnswerError:
             self._end(flight, result.ANSWER)
             return
         self._count_answer(position, response)
-        ready_s = self._restored_s(flight, at_s, last=False)
+        if stages is not None or times is not None:
+            at_s = self._restored_s(flight, at_s, last=False)
         if times is not None:
-            self._prepare(flight, question, ready_s, times)
+            self._prepare(flight, question, at_s, times)
             return
         if stages is not None:
             column["mix_s"][position] += stages.mix_s
-        self._ask(flight, question, None)
+        column["encode_s"][position] += self._ask(flight, question, None)
         self._hand_over(flight)
 
     def _restored_s(self, flight: Flight, at_s: float, *, last: bool) -> float:
         """Book de-mixing, and the head after the last round; return when they are done."""
         stages, times, column = self.workload.stages, flight.device.times, self._column
-        if stages is None and times is None:
-            return at_s
         demix_s, head_s = (0.0, 0.0) if stages is None else (stages.demix_s, stages.head_s)
         if times is not None and times.demix_s is not None:
             demix_s = times.demix_s
