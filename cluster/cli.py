@@ -21,6 +21,7 @@ import typer
 
 from cluster.audit_cli import audit
 from cluster.costs_cli import costs
+from cluster.device_cli import profile_device
 from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
 from cluster.search_cli import as_search, search
@@ -41,6 +42,7 @@ app.add_typer(models, name="models")
 app.command()(audit)
 app.command()(costs)
 app.command()(ledger)
+app.command("profile-device")(profile_device)
 app.command()(search)
 add_training(app)
 

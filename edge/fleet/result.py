@@ -23,7 +23,7 @@ CONNECTION = 2  # the connection was lost, and the retry budget was spent
 ANSWER = 3  # answered, but not what was asked: wrong shape, not finite, unreadable
 WRONG = 4  # answered and well formed, but not the values computed locally
 STOPPED = 5  # on its way when the run was interrupted
-CANCELLED = 6  # given up by the device of its own accord, or left behind when it went
+CANCELLED = 7  # given up by the device of its own accord, or left behind when it went
 OK = 200
 
 STATUS_NAMES = {TIMEOUT: "timeout", CONNECTION: "connection", ANSWER: "answer"}

@@ -35,7 +35,7 @@ from edge.fleet.pacing import Schedule
 from edge.fleet.profiles import Times, assign
 from edge.fleet.streams import Streams
 from edge.fleet.timers import TICK_S, Timers
-from edge.fleet.workload import Workload
+from edge.fleet.workload import Inference, Workload
 from edge.session import Round
 
 __all__ = ["Counters", "Progress", "Shard", "ShardResult"]
@@ -251,6 +251,13 @@ class Shard:
             time.process_time() - self._start_cpu_s if started else 0.0,
         )
 
+    @property
+    def begun(self) -> int:
+        """How many rows of the table have begun: those before this place."""
+        if self.schedule.closed is None:
+            return self._next
+        return min(self._thinking, default=self._rows)
+
     def on_crash(self, error: Exception) -> None:
         """End the run: the simulator itself failed, and a report would be made up."""
         if not self._done.done():
@@ -295,7 +302,11 @@ class Shard:
             return
         if config.cancel is not None and config.cancel.has(config.seed, index):
             self._timers.at(due_s + config.cancel.after_s, self._cancel, flight)
-        inference = flight.inference = self.workload.start(index % self._distinct)
+        flight.inference = self.workload.start(index % self._distinct)
+        self._ask_first(flight, flight.inference, due_s)
+
+    def _ask_first(self, flight: Flight, inference: Inference, due_s: float) -> None:
+        column, position, device = self._column, flight.position, flight.device
         stages = self.workload.stages
         if stages is not None:
             stages.clear()

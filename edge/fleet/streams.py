@@ -132,7 +132,7 @@ class Streams:
 
     def reopen(self, device: FleetDevice) -> None:
         """Give a device another stream."""
-        self._spawn(self._reopen(device))
+        self.spawn(self._reopen(device))
 
     def on_read(self, device: FleetDevice) -> None:
         """Let a slow device read nothing for a while."""
@@ -202,7 +202,7 @@ class Streams:
         self._counters.came += 1
         # Otherwise a stream is closing or a task is at it, and will see that the device is back.
         if device.transport is None and not device.opening:
-            self._spawn(self._open(device, float("inf")))
+            self.spawn(self._open(device, float("inf")))
 
     def _break_out(self, number: int, storm: Storm) -> None:
         for device in self._devices:
@@ -212,7 +212,8 @@ class Streams:
                 device.hurried = True
                 device.drop()
 
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Let a task run until the streams are closed; if it fails, the run has failed."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._on_task_done)
