@@ -31,6 +31,7 @@ STAGES = ("stem", "mix", "encode", "demix", "head")
 BUILT_IN = Path(__file__).with_name("profiles.yaml")
 _MOST = 255  # what the table's column holds
 _MOST_BYTES = 1 << 20
+_DEEPEST = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ def assign(profiles: Sequence[Profile], devices: NDArray[Any], seed: int) -> NDA
 Seconds = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 Bandwidth = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Source = Annotated[str, Field(max_length=500)]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -107,7 +109,7 @@ class DeviceKind(_Written):
     encode_s: Seconds | None = None
     demix_s: Seconds | None = None
     head_s: Seconds | None = None
-    source: str = Field("", max_length=500)
+    source: Source = ""
 
     @property
     def times(self) -> Times:
@@ -123,7 +125,7 @@ class LinkKind(_Written):
     round_trip_s: Seconds
     jitter_s: Seconds = 0.0
     loss: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    source: str = Field("", max_length=500)
+    source: Source = ""
 
     @property
     def link(self) -> Link:
@@ -181,9 +183,7 @@ def read_kinds(path: Path) -> Kinds:
         if path.stat().st_size > _MOST_BYTES:
             raise ConfigError(f"{path} is larger than {_MOST_BYTES:,} bytes, expected a short file")
         text = path.read_text(encoding="utf-8")
-        # A few lines of aliases can stand for billions of values; nothing here needs one.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ConfigError(f"{path} has an alias (*name), expected none")
+        _check_events(path, text)
         return Kinds.model_validate(yaml.safe_load(text) or {})
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from None
@@ -194,6 +194,26 @@ def read_kinds(path: Path) -> Kinds:
             raise ConfigError(f"{path} has in {where or 'it'}: {first['msg']}") from None
         sentence = " ".join(str(error).split())[:300]
         raise ConfigError(f"{path} is no YAML file: {sentence}") from None
+
+
+def _check_events(path: Path, text: str) -> None:
+    """Refuse what a short file can say at great length, before anything is made of it.
+
+    A few lines of aliases can stand for billions of values, and brackets within brackets take the
+    reader a time that grows with their square.
+    """
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{path} has an alias (*name), expected none")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _DEEPEST:
+            raise ConfigError(f"{path} is nested more than {_DEEPEST} deep, expected 3")
 
 
 def _weights(text: str) -> dict[str, float]:
