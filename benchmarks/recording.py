@@ -20,8 +20,8 @@ import numpy as np
 from benchmarks import report
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
+from edge.fleet.counters import Counters
 from edge.fleet.report import Run, summarise
-from edge.fleet.shard import Counters
 from edge.fleet.store import PERIOD_S, RowStream, read_rows, stream_name, write_rows
 
 _RATES = (100, 1_000, 10_000)
@@ -49,7 +49,7 @@ def looks(folder: Path, rate: int) -> dict[str, object]:
     per_look = int(rate * PERIOD_S)
     table = ended(per_look * _LOOKS, rate)
     begun = 0
-    stream = RowStream(folder, rate, table, lambda: begun, dict)
+    stream = RowStream(folder, rate, lambda: table, lambda: begun, dict)
     took_s, cpu_s = [], time.process_time()
     for number in range(1, _LOOKS + 1):
         begun = number * per_look

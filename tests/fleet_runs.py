@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from edge.fleet import result
+from edge.fleet.profiles import Profile
 from edge.fleet.recorder import Recorder
 from edge.fleet.report import Run, summarise
 from edge.fleet.stats import Sample
 from edge.fleet.waterfall import PARTS
 from tests.test_fleet_report import make_run
 
-PROFILES = ("phone", "microcontroller", "laptop")
+PROFILES = tuple(Profile(name, 1 / 3) for name in ("phone", "microcontroller", "laptop"))
 _MEANS_S = (0.004, 0.0003, 0.0002, 0.008, 0.003, 0.006, 0.003, 0.0004, 0.0001)
 
 
@@ -46,8 +47,7 @@ def lively(
     return replace(
         run,
         samples=samples,
-        profiles=PROFILES,
-        config=replace(run.config, warm_up_s=2.0, slo_s=0.1),
+        config=replace(run.config, warm_up_s=2.0, slo_s=0.1, profiles=PROFILES),
         counters={**run.counters, "retries": int(bad.sum())},
     )
 

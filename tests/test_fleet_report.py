@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from datamix.errors import ConfigError
 from edge.fleet import pacing, quantiles, report, result
 from edge.fleet.config import FleetConfig
+from edge.fleet.profiles import Profile
 from edge.fleet.report import Run, summarise
 from edge.fleet.stats import Sample, use
 from edge.fleet.waterfall import PARTS
@@ -31,6 +32,9 @@ COUNTERS = {
     "misrouted": 0,
     "unmatched": 0,
     "unreadable": 0,
+    "came": 0,
+    "left": 0,
+    "dropped": 0,
 }
 
 
@@ -341,7 +345,9 @@ def test_devices_by_profile() -> None:
     run.table["profile"] = run.table["device"] % 2
     run.table["done_s"] += run.table["profile"] * 0.5
     run.table["status"][np.flatnonzero(run.table["profile"])[0]] = 503
-    phone, other = summarise(replace(run, profiles=["phone"])).profiles
+    phone, other = summarise(
+        replace(run, config=replace(run.config, profiles=(Profile("phone"),)))
+    ).by_profile
     assert (phone["profile"], other["profile"]) == ("phone", "profile 1")
     assert phone["inferences"] + other["inferences"] == 1000
     assert phone["devices"] + other["devices"] == len(np.unique(run.table["device"]))

@@ -25,6 +25,8 @@ from datamix import wire
 from datamix.errors import ConfigError
 from edge.fleet import result, store
 from edge.fleet.config import FleetConfig
+from edge.fleet.links import Link
+from edge.fleet.profiles import Profile, Times
 from edge.fleet.recorder import Recorder
 from edge.fleet.report import summarise
 from edge.fleet.run import simulate
@@ -56,7 +58,7 @@ def stream_of(folder: Path, table: result.Table, batches: int) -> Path:
     def begun() -> int:
         return done
 
-    rows = RowStream(folder, 3, table, begun, dict)
+    rows = RowStream(folder, 3, lambda: table, begun, dict)
     for number in range(1, batches + 1):
         done = len(table) * number // batches
         rows.look()
@@ -108,7 +110,7 @@ def test_every_row_is_written_once_after_it_ended(
     table = np.zeros(50, result.COLUMNS)
     table["index"] = np.arange(50)
     table["done_s"] = np.nan
-    rows = RowStream(folder, 0, table, lambda: 40, dict)
+    rows = RowStream(folder, 0, lambda: table, lambda: 40, dict)
     ended: dict[int, int] = {}
     for number, (place, status) in enumerate(ends):
         if place not in ended:
@@ -126,7 +128,7 @@ def test_every_row_is_written_once_after_it_ended(
 def test_a_row_that_is_just_ending_is_not_taken_for_one_that_was_given_up(tmp_path: Path) -> None:
     table = np.zeros(2, result.COLUMNS)
     table["done_s"] = [1.0, np.nan]  # the loop has written the time, and not yet the status
-    rows = RowStream(tmp_path, 0, table, lambda: 2, dict)
+    rows = RowStream(tmp_path, 0, lambda: table, lambda: 2, dict)
     assert rows.look() == 0
     table["status"][0] = result.OK
     assert rows.look() == 1
@@ -145,10 +147,14 @@ def test_a_run_read_back_says_what_it_said(tmp_path: Path) -> None:
         out=str(tmp_path / "run"),
         warm_up_s=1.0,
         slo_s=0.015,
+        profiles=(
+            Profile("phone/4g", 0.25, Times(stem_s=0.01), Link(1e6, 5e6, 0.05), "measured"),
+            Profile("laptop", 0.75),
+        ),
         token="secretsecretsecret",
         url="http://user:secret@cloud",
     )
-    run = replace(run, config=config, profiles=["phone"])
+    run = replace(run, config=config)
     summary = summarise(run)
     recorder = Recorder(config)
     recorder.begin(model="echo", mode="echo", rounds=1, group_size=4, start_s=run.start_s)

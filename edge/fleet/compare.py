@@ -143,7 +143,7 @@ class _Resampled:
 
         ended = np.clip(np.nan_to_num(done), 0, seconds - 1).astype(np.int64)
         self._counts = {
-            "due": count(np.ones(len(table), bool), due),
+            "due": count(table["status"] != result.CANCELLED, due),
             "right_due": count(right, due),
             "right": count(right & in_time, ended),
             "good": count(soon & in_time, ended),
@@ -232,19 +232,22 @@ def _difference(
 def _failed(
     summaries: tuple[Summary, Summary], draws: Sequence[Floats | None], seconds: int
 ) -> Difference:
-    """The share of what was due that was not answered right.
+    """The share of what was due, and not given up by the device, that was not answered right.
 
     As wide as the wider of the bootstrap and Newcombe's interval (Statistics in Medicine 17, 1998),
     each way: where nothing failed the bootstrap knows nothing.
     """
     name, unit = "not answered right", "share"
-    shares = [1 - one.ok / one.inferences if one.inferences else None for one in summaries]
+    asked = [one.inferences - one.cancelled for one in summaries]
+    shares = [
+        1 - one.ok / count if count else None for one, count in zip(summaries, asked, strict=True)
+    ]
     found = _difference(name, unit, shares, draws, seconds, smaller_is_better=True)
     if found.difference is None or found.difference_interval is None:
         return found
     a, b = (
-        of_share(share, one.inferences)
-        for share, one in zip((found.a or 0.0, found.b or 0.0), summaries, strict=True)
+        of_share(share, count)
+        for share, count in zip((found.a or 0.0, found.b or 0.0), asked, strict=True)
     )
     newcombe = (
         found.difference - math.hypot(b.value - b.low, a.high - a.value),

@@ -140,8 +140,8 @@ def _run(entry: Entry, series: Series, level: int, salt: str) -> list[str]:
     ]
     if not series.failures:
         parts.append("<p>No inference failed: there are no failures to plot.</p>")
-    if len(summary.profiles) == 1:
-        only = summary.profiles[0]
+    if len(summary.by_profile) == 1:
+        only = summary.by_profile[0]
         parts.append(f"<p>All {only['devices']} devices that were due had one profile.</p>")
     parts += [f"<h{level}>All figures</h{level}>", _pairs([*entry.extra, *rows(summary)])]
     if entry.about:

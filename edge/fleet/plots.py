@@ -102,7 +102,7 @@ def run_plots(summary: Summary, series: Series, salt: str = "") -> list[Plot]:
                 salt=f"{salt} failures",
             )
         )
-    if len(summary.profiles) > 1:
+    if len(summary.by_profile) > 1:
         plots.append(_profiles(summary, f"{salt} profiles"))
     return plots
 
@@ -224,11 +224,11 @@ def _batches(series: Series, salt: str) -> Plot:
 
 
 def _profiles(summary: Summary, salt: str) -> Plot:
-    names = [one["profile"] for one in summary.profiles]
+    names = [one["profile"] for one in summary.by_profile]
 
     def fill(axes: Axes) -> None:
         for shift, key, colour, hatch in ((-0.2, "p50", BLUE, ""), (0.2, "p99", ORANGE, "////")):
-            values = [1e3 * or_nan(one["latency_s"][key]) for one in summary.profiles]
+            values = [1e3 * or_nan(one["latency_s"][key]) for one in summary.by_profile]
             places = [place + shift for place in range(len(names))]
             axes.barh(places, values, height=0.38, color=colour, hatch=hatch, edgecolor=INK,
                       linewidth=0.5, label=key)  # fmt: skip
@@ -245,7 +245,7 @@ def _profiles(summary: Summary, salt: str) -> Plot:
             str(one["ok"]),
             *(number(1e3 * or_nan(one["latency_s"][key])) for key in LABELS),
         )
-        for one in summary.profiles
+        for one in summary.by_profile
     ]
     alt = "Latency by profile of the device, p50 and p99 in ms: " + ", ".join(
         f"{row[0]} {row[4]} and {row[6]}" for row in rows

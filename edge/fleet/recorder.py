@@ -116,7 +116,6 @@ class Recorder:
                 "window_s": run.window_s,
                 "elapsed_s": run.elapsed_s,
                 "interrupted": run.interrupted,
-                "profiles": list(run.profiles),
             },
         )
         write_json(self.folder / "summary.json", summary.as_dict())
@@ -145,7 +144,7 @@ def recording(shard: Shard) -> contextlib.AbstractContextManager[None]:
     def end(error: Exception) -> None:
         loop.call_soon_threadsafe(shard.on_crash, error)
 
-    rows = RowStream(Path(out), shard.number, shard.table, lambda: shard.begun, tell)
+    rows = RowStream(Path(out), shard.number, lambda: shard.table, lambda: shard.begun, tell)
     return Streaming(rows, end)
 
 

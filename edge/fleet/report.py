@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
+from edge.fleet.profiles import as_dicts, charged
 from edge.fleet.quantiles import Floats, Intervals, Percentiles, intervals, observed
 from edge.fleet.quantiles import percentiles as percentiles
 from edge.fleet.result import Table
@@ -33,16 +34,28 @@ CPU_LAG_BOUND_S = 0.01
 class Summary:
     """What a run says.
 
-    Every inference that fell due is in exactly one of ok, failed, wrong, unsent and stopped.
+    Every inference that fell due is in exactly one of ok, failed, wrong, unsent, stopped and
+    cancelled.
 
     Attributes:
         valid: whether the figures are the cloud's, and not the generator's own limit.
         invalid_reason: one sentence where they are not.
         interrupted: the run was stopped before its end.
+        loop: ``open``, or ``closed``, where a device asks again once it has its answer: a cloud
+            that slows down is then asked less, and a stall hardly shows in any latency.
+        arrivals: the law by which inferences fell due.
         workload: ``bundle`` or ``echo``.
         mode: what leaves the devices: the bundle's mode, or ``echo``.
         model: the model's name.
-        stem: ``cached`` (computed once per input, not charged per inference) or ``none``.
+        stem: ``cached`` (computed once per input, not charged per inference), ``charged`` (added
+            to each inference, from a profile), ``partly charged`` (by some profiles) or ``none``.
+        mix: ``run``, ``charged``, ``partly charged`` or ``none``, which is said of what a workload
+            without a model does not have.
+        encode: the same, of making messages.
+        demix: the same, of de-mixing and bridges.
+        head: the same, of the head.
+        profiles: what each kind of device charges, its link, its share of the devices and where
+            that is from; none for devices as fast as the generator on this machine's own link.
         verified: every answer was compared with the locally computed one.
         clients: devices, each with a stream.
         processes: how many processes held them.
@@ -69,6 +82,8 @@ class Summary:
         wrong: answered with other values than the local ones.
         unsent: due, but nothing left the device before the deadline.
         stopped: under way when the run was interrupted.
+        cancelled: given up by the device of its own accord, or left behind when it went; in no
+            latency, because nobody knows how long they would have taken.
         requests: messages sent, retries included.
         retries: messages sent again.
         reconnects: streams opened again.
@@ -78,6 +93,9 @@ class Summary:
         misrouted: answers that came to another device.
         unmatched: answers that nobody had asked for.
         unreadable: messages that were no response.
+        came: devices that came back after they had gone.
+        left: devices that went.
+        dropped: streams that a storm dropped.
         latency_samples: inferences that have a latency: answered, or kept waiting until the
             deadline; warm-up excluded.
         latency_s: of those, from the scheduled send; None where the samples are too few.
@@ -90,7 +108,7 @@ class Summary:
         waterfall_s: mean seconds of each part of an answered inference
             (:mod:`edge.fleet.waterfall`); None where none was answered.
         waterfall_slowest_s: the same over the slowest hundredth of them.
-        profiles: how each kind of device fared.
+        by_profile: how each kind of device fared (:func:`edge.fleet.waterfall.by_profile`).
         batch_rows_mean: rows per batch, from the replica's statistics; None where it gives none.
         batch_rows_per_request: rows of the batch that a request was in, on average.
         engine_busy_ratio: share of time the engine computed; None where it gives no statistics.
@@ -106,10 +124,17 @@ class Summary:
     valid: bool
     invalid_reason: str | None
     interrupted: bool
+    loop: str
+    arrivals: str
     workload: str
     mode: str
     model: str
     stem: str
+    mix: str
+    encode: str
+    demix: str
+    head: str
+    profiles: list[dict[str, Any]]
     verified: bool
     clients: int
     processes: int
@@ -135,6 +160,7 @@ class Summary:
     wrong: int
     unsent: int
     stopped: int
+    cancelled: int
     requests: int
     retries: int
     reconnects: int
@@ -144,6 +170,9 @@ class Summary:
     misrouted: int
     unmatched: int
     unreadable: int
+    came: int
+    left: int
+    dropped: int
     latency_samples: int
     latency_s: Percentiles
     latency_interval_s: Intervals
@@ -154,7 +183,7 @@ class Summary:
     compute_s: float | None
     waterfall_s: dict[str, float] | None
     waterfall_slowest_s: dict[str, float] | None
-    profiles: list[dict[str, Any]]
+    by_profile: list[dict[str, Any]]
     batch_rows_mean: float | None
     batch_rows_per_request: float | None
     engine_busy_ratio: float | None
@@ -204,7 +233,6 @@ class Run:
         interrupted: the run was stopped before its end.
         start_s: the common start by the monotonic clock.
         samples: the cloud's statistics.
-        profiles: names of the devices' profiles, by the number in the table.
         lost: inferences that had begun and have no row, where the run was killed; None where it
             came to its end.
     """
@@ -224,7 +252,6 @@ class Run:
     interrupted: bool
     start_s: float
     samples: Sequence[Sample]
-    profiles: Sequence[str] = ()
     lost: int | None = None
 
 
@@ -260,6 +287,7 @@ def summarise(run: Run) -> Summary:
     wrong = by_status.pop(result.WRONG, 0)
     unsent = by_status.pop(result.UNSENT, 0)
     stopped = by_status.pop(result.STOPPED, 0)
+    cancelled = by_status.pop(result.CANCELLED, 0)
     failed = {result.kind(code): n for code, n in by_status.items()}
 
     lags_s = generator_lag(table, run.elapsed_s)
@@ -284,6 +312,7 @@ def summarise(run: Run) -> Summary:
     during = [s for s in run.samples if s.at_s <= run.start_s + run.window_s + 1]
     cloud = use(during if len(during) > 1 else run.samples)
     bundle = config.workload == "bundle"
+    steps = stages(config)
 
     def per_s(count: int) -> float:
         return count / run.window_s if run.window_s > 0 else 0.0
@@ -299,10 +328,17 @@ def summarise(run: Run) -> Summary:
         valid=reason is None,
         invalid_reason=reason,
         interrupted=run.interrupted,
+        loop=config.loop,
+        arrivals=config.pacer,
         workload=config.workload,
         mode=run.mode,
         model=run.model,
-        stem="cached" if bundle else "none",
+        stem=steps["stem"],
+        mix=steps["mix"],
+        encode=steps["encode"],
+        demix=steps["demix"],
+        head=steps["head"],
+        profiles=as_dicts(config.profiles),
         verified=config.verify,
         clients=config.devices,
         processes=len(run.cpu_s),
@@ -328,6 +364,7 @@ def summarise(run: Run) -> Summary:
         wrong=wrong,
         unsent=unsent,
         stopped=stopped,
+        cancelled=cancelled,
         requests=requests,
         **{
             name: counters[name]
@@ -340,6 +377,9 @@ def summarise(run: Run) -> Summary:
                 "misrouted",
                 "unmatched",
                 "unreadable",
+                "came",
+                "left",
+                "dropped",
             )
         },
         latency_samples=len(latency_s),
@@ -352,7 +392,9 @@ def summarise(run: Run) -> Summary:
         compute_s=per_request("compute_s"),
         waterfall_s=waterfall(table, counted),
         waterfall_slowest_s=waterfall(table, slowest(table, counted)),
-        profiles=by_profile(table, run.profiles, config.warm_up_s),
+        by_profile=by_profile(
+            table, [profile.name for profile in config.profiles], config.warm_up_s
+        ),
         batch_rows_mean=cloud.batch_rows_mean,
         batch_rows_per_request=per_request("batch_rows"),
         engine_busy_ratio=cloud.busy_ratio,
@@ -382,3 +424,12 @@ def _cut_off(run: Run) -> str | None:
         f"the run was cut off after {run.elapsed_s:.1f} s, and {run.lost} inferences that had "
         f"begun have no row"
     )
+
+
+def stages(config: FleetConfig) -> dict[str, str]:
+    """For each step on the device, whether it really ran or its time was charged."""
+    bundle = config.workload == "bundle"
+    run = dict.fromkeys(("mix", "demix", "head"), "run" if bundle else "none")
+    run = {"stem": "cached" if bundle else "none", "encode": "run", **run}
+    words = {True: "charged", None: "partly charged"}
+    return {stage: words.get(charged(config.profiles, stage), word) for stage, word in run.items()}

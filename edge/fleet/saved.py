@@ -13,16 +13,17 @@ import numpy as np
 from datamix.errors import ConfigError
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
+from edge.fleet.counters import Counters
+from edge.fleet.profiles import from_dict
 from edge.fleet.recorder import FORMAT
 from edge.fleet.report import Run
-from edge.fleet.shard import Counters
 from edge.fleet.stats import Sample
 from edge.fleet.store import read_progress, read_rows
 
 # What a summary reads of the settings. The others may name files of the machine that ran.
 _SETTINGS = (
     "url", "bundle", "workload", "verify", "devices", "rate", "duration_s", "seed", "processes",
-    "timeout_s", "warm_up_s", "slo_s",
+    "timeout_s", "warm_up_s", "slo_s", "pacer",
 )  # fmt: skip
 
 
@@ -45,7 +46,10 @@ def load_run(folder: str | Path) -> Run:
     table = read_rows(folder)
     samples = _samples(folder)
     try:
-        config = FleetConfig(**{name: about["config"][name] for name in _SETTINGS})
+        config = FleetConfig(
+            **{name: about["config"][name] for name in _SETTINGS},
+            profiles=tuple(map(from_dict, about["config"]["profiles"])),
+        )
         known: dict[str, Any] = {
             "config": config,
             "model": str(about["model"]),
@@ -89,7 +93,6 @@ def _end(folder: Path) -> dict[str, Any]:
         "window_s": float(body["window_s"]),
         "elapsed_s": float(body["elapsed_s"]),
         "interrupted": bool(body["interrupted"]),
-        "profiles": [str(name) for name in body["profiles"]],
     }
 
 

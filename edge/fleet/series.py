@@ -116,7 +116,7 @@ def series(run: Run) -> Series:
         failures={
             result.kind(code): per_s(ones, table["status"] == code)
             for code in np.unique(table["status"]).tolist()
-            if code != result.OK
+            if code not in (result.OK, result.CANCELLED)
         },
         latencies_s=distribution(latency_s[kept & warm(table, run.config.warm_up_s)]),
         batches=_batches(table),

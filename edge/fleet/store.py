@@ -30,6 +30,7 @@ from edge.fleet.result import Table
 PERIOD_S = 0.5  # twice within the second that may be lost
 ROWS = "results.parquet"
 
+Rows = Callable[[], Table]
 Begun = Callable[[], int]
 Tell = Callable[[], dict[str, Any]]
 
@@ -144,14 +145,14 @@ class RowStream:
     by its ``done_s`` on two looks in a row, since the status is set just after it.
     """
 
-    def __init__(self, folder: Path, shard: int, table: Table, begun: Begun, tell: Tell) -> None:
+    def __init__(self, folder: Path, shard: int, table: Rows, begun: Begun, tell: Tell) -> None:
         """Open the files of a shard.
 
         Args:
             folder: of the run.
             shard: which shard.
-            table: its rows, in the order they begin.
-            begun: how many of them have begun.
+            table: its rows; a closed loop puts a longer table in the place of one that is full.
+            begun: the place from which on none has begun.
             tell: what stands in a line of progress.
 
         Raises:
@@ -159,8 +160,8 @@ class RowStream:
         """
         self.written_rows = 0
         self._table, self._begun, self._tell = table, begun, tell
-        self._written = np.zeros(len(table), bool)
-        self._given_up = np.zeros(len(table), bool)
+        self._written = np.zeros(len(table()), bool)
+        self._given_up = np.zeros(len(table()), bool)
         self._low = 0  # every row below is written
         try:
             self._file = (folder / stream_name(shard)).open("wb", buffering=0)
@@ -174,14 +175,18 @@ class RowStream:
 
         ``last``: nothing changes any more, so one look is enough for what was given up.
         """
-        low, high = self._low, max(self._low, min(self._begun(), len(self._table)))
-        status = self._table["status"][low:high]
-        given_up = (status == result.UNSENT) & ~np.isnan(self._table["done_s"][low:high])
+        table = self._table()
+        if (more := len(table) - len(self._written)) > 0:
+            self._written = np.pad(self._written, (0, more))
+            self._given_up = np.pad(self._given_up, (0, more))
+        low, high = self._low, max(self._low, min(self._begun(), len(table)))
+        status = table["status"][low:high]
+        given_up = (status == result.UNSENT) & ~np.isnan(table["done_s"][low:high])
         ended = (status != result.UNSENT) | (given_up & (self._given_up[low:high] | last))
         self._given_up[low:high] = given_up
         places = low + np.flatnonzero(ended & ~self._written[low:high])
         if len(places):
-            self._writer.write_batch(to_batch(self._table[places]))
+            self._writer.write_batch(to_batch(table[places]))
             self._written[places] = True
             self.written_rows += len(places)
             open_places = np.flatnonzero(~self._written[low:high])
