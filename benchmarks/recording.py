@@ -2,9 +2,9 @@
 
     python -m benchmarks.recording [--json FILE]
 
-A shard's rows end as they do in a run, and its stream looks twice a second; what a look takes is
-processor time beside the event loop, and the longest look is how long the loop can be kept from the
-interpreter at worst. Then the run's end: Parquet, and a summary of it all.
+A shard's rows end as they do in a run, and its stream looks four times a second; what a look takes
+is processor time beside the event loop, and the longest look is how long the loop can be kept from
+the interpreter at worst. Then the run's end: Parquet, and a summary of it all.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def main() -> None:
         rows,
         [
             f"the run that is written, read and folded whole has {_WHOLE_ROWS:,} inferences",
-            "a look happens twice a second, in a thread beside the event loop",
+            "a look happens four times a second, in a thread beside the event loop",
         ],
         options.json,
         record_cpu_us_per_inference=float(str(thousand["CPU us per inference"])),

@@ -142,13 +142,13 @@ async def _serve(connection: Connection, task: Task) -> Any:
     # A thread: an event loop would make the pipe non-blocking, and long results need it to block.
     threading.Thread(target=hear, name="hear", daemon=True).start()
     tell()
-    await shard.connect()
-    # What lives now lives to the end; without it the collector has little to walk through.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
-    connection.send(Ready(task.number))
     with recording(shard):
+        await shard.connect()
+        # What lives now lives to the end; without it the collector has little to walk through.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
+        connection.send(Ready(task.number))
         return await shard.run(await start)
 
 

@@ -2,7 +2,7 @@
 
 run.json                 settings, command, machine, versions; before the first inference
 results-<shard>.arrows   rows as they end (:mod:`edge.fleet.store`); gone once the run is whole
-progress-<shard>.jsonl   counters and processor time, twice a second
+progress-<shard>.jsonl   counters and processor time, four times a second
 samples.jsonl            the cloud's statistics, a line per answer
 results.parquet          all rows, at the end
 end.json                 what the shards counted, at the end
