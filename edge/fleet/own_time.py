@@ -89,20 +89,18 @@ class OwnTime:
             column["lag_s"][flight.position] = self._clock() - leave_s
         self._host.hand_over(flight)
 
-    def come_down(
-        self, flight: Flight, size_bytes: int, then: Callable[..., None], *arguments: Any
-    ) -> None:
-        """Put an answer on the way down; call ``then(*arguments, there_s)`` when it is there.
+    def come_down(self, flight: Flight, size_bytes: int) -> float:
+        """Put an answer on the way down; return when it is there.
 
         What has left the cloud arrives, also where the stream is lost meanwhile.
         """
-        device, now_s = flight.device, self._clock()
-        device.answers += 1
-        there_s = now_s
+        device, there_s = flight.device, self._clock()
         if device.traffic is not None:
+            device.answers += 1
+            now_s = there_s
             there_s = device.traffic.down(now_s, size_bytes, device.number, device.answers)
             self._host.column["downlink_s"][flight.position] += there_s - now_s
-        self.wait(flight, there_s, then, *arguments, there_s)
+        return there_s
 
     def wait(
         self, flight: Flight, until_s: float, then: Callable[..., None], *arguments: Any

@@ -395,8 +395,13 @@ class Shard:
         self._column["bytes_down"][flight.position] += len(body)
         if device.times is None:
             self._react(flight, response, 0.0)
+            return
+        there_s = self._own_time.come_down(flight, len(body))
+        if response.status == result.OK and flight.block == self.workload.rounds - 1:
+            # Nothing more is sent, so one wait will do for the link and for the device's steps.
+            self._answer(flight, response, there_s)
         else:
-            self._own_time.come_down(flight, len(body), self._arrive, flight, response)
+            self._own_time.wait(flight, there_s, self._arrive, flight, response, there_s)
 
     def _arrive(self, flight: Flight, response: wire.Response, at_s: float) -> None:
         """Let an answer out of the simulated link."""
@@ -438,7 +443,10 @@ class Shard:
                 self._own_time.wait(flight, at_s, self._end, flight, status, at_s)
             return
         except AnswerError:
-            self._end(flight, result.ANSWER)
+            if times is None:
+                self._end(flight, result.ANSWER)
+            else:
+                self._own_time.wait(flight, at_s, self._end, flight, result.ANSWER, at_s)
             return
         self._count_answer(position, response)
         if stages is not None or times is not None:
