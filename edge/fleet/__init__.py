@@ -16,6 +16,8 @@ inputs.py     the bundle workload's ingredients, computed once per process
 device.py     one device: its stream, and what it has under way
 streams.py    the streams of one shard's devices: opened, lost, dropped, left
 timers.py     many small waits on one timer
+turns.py      a closed loop: what is due once a device has its answer
+own_time.py   devices whose processor and link are simulated
 shard.py      one event loop full of devices
 counters.py   what a shard counts, and what it says in between and at the end
 process.py    one spawned process with one shard, and the words it has with its parent
