@@ -263,10 +263,8 @@ class Shard:
 
     @property
     def begun(self) -> int:
-        """How many rows of the table have begun: those before this place."""
-        if self._turns is None:
-            return self._next
-        return min(self._turns.waiting, default=self._rows)
+        """The place of the table from which on no row has begun."""
+        return self._next if self.schedule.closed is None else self._rows
 
     def on_crash(self, error: Exception) -> None:
         """End the run: the simulator itself failed, and a report would be made up."""
