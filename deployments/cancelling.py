@@ -7,7 +7,7 @@ bfloat16 serves the mode mix well and is of no use here, so it is tried before i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from deployments.engine import Engine, Rows
 _ROWS = 4
 
 
-def noise_error(engine: Engine, modules: Sequence[torch.nn.Module], sigma: float) -> float:
+def noise_error(engine: Engine, modules: Iterable[torch.nn.Module], sigma: float) -> float:
     """The largest error of de-noised outputs, relative to ``max(1, |value|)``.
 
     Features of unit variance and their noise are drawn from a fixed seed. Each block is compared
@@ -47,7 +47,7 @@ def noise_error(engine: Engine, modules: Sequence[torch.nn.Module], sigma: float
 
 
 def check_cancelling(
-    engine: Engine, modules: Sequence[torch.nn.Module], split: SplitSpec, *, name: str
+    engine: Engine, modules: Iterable[torch.nn.Module], split: SplitSpec, *, name: str
 ) -> None:
     """Refuse an engine whose rounding no device of the mode split could tell from a fault.
 

@@ -104,6 +104,23 @@ def check_operators(first: Endpoint, second: Endpoint, *, allow_same: bool) -> s
     return reason
 
 
+def check_ends(mode: str, *, second: bool, more: bool = False) -> None:
+    """Two operators in the mode split, one in others.
+
+    Args:
+        mode: which.
+        second: whether a second operator is given.
+        more: whether something else is given that only a second operator needs.
+
+    Raises:
+        ConfigError: one too many or too few.
+    """
+    if mode != "split" and (second or more):
+        raise ConfigError(f"mode is {mode!r}, which has one operator, but a second one was given")
+    if mode == "split" and not second:
+        raise ConfigError("mode is 'split', but only one operator was given, expected two")
+
+
 class Operators:
     """The two ends of one client, asked once.
 
