@@ -72,6 +72,16 @@ TokenFile = Annotated[
 CaFile = Annotated[
     Path | None, typer.Option(help="PEM file of the authorities to trust; else this machine's.")
 ]
+ModeName = Annotated[
+    str | None, typer.Option("--mode", help="mix, bounded or split; else the bundle's own.")
+]
+SecondUrl = Annotated[
+    str | None, typer.Option(help="Base URL of operator B, for split; url is operator A's.")
+]
+SecondTokenFile = Annotated[Path | None, typer.Option(help="File with operator B's bearer token.")]
+AllowSameOperator = Annotated[
+    bool, typer.Option(help="Go on where both ends have one operator: NOT private.")
+]
 
 
 def _token(file: Path | None) -> str | None:
@@ -102,6 +112,7 @@ def demo(
     duration: Annotated[float, typer.Option(help="Seconds in which inferences fall due.")] = 20,
     seed: Annotated[int, typer.Option(help="Same seed, same schedule.")] = 0,
     processes: Annotated[int, typer.Option(help="Processes that hold the devices.")] = 1,
+    mode: ModeName = None,
     port: Annotated[int | None, typer.Option(help="The cloud's port; else a free one.")] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file.")
@@ -123,6 +134,7 @@ def demo(
                 duration_s=duration,
                 seed=seed,
                 processes=processes,
+                mode=mode,
                 port=port,
                 json_path=json_path,
                 html_path=html_path,
@@ -251,18 +263,10 @@ def infer(
         Literal["auto", "onnx", "torch"],
         typer.Option(help="What runs stem and head; auto: onnx where exported and installed."),
     ] = "auto",
-    mode: Annotated[
-        str | None, typer.Option(help="mix, bounded or split; else the bundle's own.")
-    ] = None,
-    second: Annotated[
-        str | None, typer.Option(help="Base URL of operator B, for split; url is operator A's.")
-    ] = None,
-    second_token_file: Annotated[
-        Path | None, typer.Option(help="File with operator B's bearer token.")
-    ] = None,
-    allow_same_operator: Annotated[
-        bool, typer.Option(help="Go on where both ends have one operator: NOT private.")
-    ] = False,
+    mode: ModeName = None,
+    second: SecondUrl = None,
+    second_token_file: SecondTokenFile = None,
+    allow_same_operator: AllowSameOperator = False,
     ledger: Annotated[
         Path | None, typer.Option(help="File where the bits of each input are charged.")
     ] = None,
@@ -392,6 +396,13 @@ def simulate(
     verify: Annotated[bool, typer.Option(help="Compare every answer with the local one.")] = True,
     timeout: Annotated[float, typer.Option(help="Seconds until an inference has failed.")] = 10,
     rows: Annotated[int, typer.Option(help="Rows per message of the echo workload.")] = 4,
+    mode: ModeName = None,
+    second: SecondUrl = None,
+    second_token_file: SecondTokenFile = None,
+    allow_same_operator: AllowSameOperator = False,
+    masks_ahead: Annotated[
+        int, typer.Option(help="For split: groups that a process keeps masks ready for.")
+    ] = 64,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     json_path: Annotated[
@@ -421,6 +432,11 @@ def simulate(
         rows=rows,
         token=_token(token_file),
         ca_file=None if ca_file is None else str(ca_file),
+        mode=mode,
+        second=second,
+        second_token=None if second_token_file is None else _token(second_token_file),
+        allow_same_operator=allow_same_operator,
+        masks_ahead=masks_ahead,
     )
     raise typer.Exit(run(config, json_path, html_path))
 

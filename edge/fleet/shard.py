@@ -23,10 +23,11 @@ import numpy.typing as npt
 from picows import WSError, ws_connect
 
 from datamix import wire
-from datamix.errors import AnswerError, TooLarge, Unavailable, WireError, from_status
+from datamix.errors import AnswerError, DataMixError, TooLarge, Unavailable, WireError, from_status
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
 from edge.fleet.device import FleetDevice, Flight, backoff_s
+from edge.fleet.offline import Offline, OfflineTraffic
 from edge.fleet.pacing import Schedule
 from edge.fleet.workload import Workload
 from edge.session import Round
@@ -119,6 +120,7 @@ class ShardResult:
         busy_ratio: processor time per time, until the last inference had begun.
         window_s: for how long inferences fell due; shorter than asked for where interrupted.
         elapsed_s: until the last inference ended.
+        offline: what was asked of operator B; None but in the mode split.
     """
 
     table: result.Table
@@ -128,6 +130,7 @@ class ShardResult:
     busy_ratio: float
     window_s: float
     elapsed_s: float
+    offline: OfflineTraffic | None = None
 
 
 @dataclass(slots=True)
@@ -142,6 +145,7 @@ class Shard:
         number: which shard.
         shards: of how many.
         clock: seconds, the same in every process of this machine.
+        offline: in the mode split, where the workload has its masks from; else None.
     """
 
     config: FleetConfig
@@ -151,6 +155,7 @@ class Shard:
     number: int = 0
     shards: int = 1
     clock: Callable[[], float] = time.monotonic
+    offline: Offline | None = None
     table: result.Table = field(init=False)
     counters: Counters = field(init=False, default_factory=Counters)
     _devices: list[FleetDevice] = field(init=False)
@@ -195,10 +200,11 @@ class Shard:
     # --- streams ------------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        """Open every device's stream, a bounded number at a time.
+        """Open every device's stream, a bounded number at a time; fetch masks, where needed.
 
         Raises:
             Unavailable: not all of them are open within ``connect_timeout_s``.
+            DataMixError: operator B could not be made to answer.
         """
         deadline_s = self.clock() + self.config.connect_timeout_s
         outcomes = await asyncio.gather(
@@ -210,6 +216,8 @@ class Shard:
                 f"{len(refused)} of {len(self._devices)} devices got no stream from "
                 f"{self.config.base_url} within {self.config.connect_timeout_s:g} s: {refused[0]}"
             )
+        if self.offline is not None:
+            await self.offline.fill()
 
     async def _open(self, device: FleetDevice, deadline_s: float) -> str | None:
         """Open one stream, with back-off; say why if it can't be done by then."""
@@ -306,6 +314,7 @@ class Shard:
             self._busy_ratio,
             self._window_s,
             elapsed_s,
+            None if self.offline is None else self.offline.traffic(),
         )
 
     def stop(self) -> None:
@@ -358,6 +367,8 @@ class Shard:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.offline is not None:
+            await self.offline.close()
         for device in self._devices:
             device.leave()
         for _ in range(100):  # a second is enough for sockets that still work
@@ -391,9 +402,26 @@ class Shard:
         self._under_way += 1
         self.counters.begun += 1
         flight.inference = self.workload.start(int(self.schedule.index[position]))
+        if self.offline is not None and not self.offline.ready:
+            self._column["lag_s"][position] = self.clock() - due_s
+            flight.status = result.MASKS
+            self._spawn(self._wait_for_masks(flight, self.offline))
+            return
         self._ask(flight, next(flight.inference))
         self._column["lag_s"][position] = self.clock() - due_s
         self._send(flight)
+
+    async def _wait_for_masks(self, flight: Flight, offline: Offline) -> None:
+        """Begin an inference when operator B has answered; nothing of it has left until then."""
+        try:
+            await offline.wait()
+        except DataMixError:
+            if flight.inference is not None:
+                self._end(flight, result.MASKS)
+            return
+        if flight.inference is not None:
+            self._ask(flight, next(flight.inference))
+            self._send(flight)
 
     def _ask(self, flight: Flight, question: Round) -> None:
         flight.block = question.block
@@ -403,6 +431,7 @@ class Shard:
         flight.message = wire.encode_request(
             question.features,
             request_id=flight.request_id,
+            dtype=self.workload.dtype,
             block=question.block,
             deadline_s=flight.deadline_s - self.clock(),
         )
