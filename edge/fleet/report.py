@@ -379,19 +379,14 @@ def summarise(run: Run) -> Summary:
         unsent=unsent,
         stopped=stopped,
         requests=requests,
-        **{
-            name: counters[name]
-            for name in (
-                "retries",
-                "reconnects",
-                "moved",
-                "duplicates",
-                "late",
-                "misrouted",
-                "unmatched",
-                "unreadable",
-            )
-        },
+        retries=counters["retries"],
+        reconnects=counters["reconnects"],
+        moved=counters["moved"],
+        duplicates=counters["duplicates"],
+        late=counters["late"],
+        misrouted=counters["misrouted"],
+        unmatched=counters["unmatched"],
+        unreadable=counters["unreadable"],
         latency_s=percentiles(kept["done_s"] - kept["scheduled_s"]),
         latency_from_send_s=percentiles(sent["done_s"] - sent["sent_s"]),
         generator_lag_s=lag,

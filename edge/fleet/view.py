@@ -135,7 +135,6 @@ def show(summary: Summary, console: Console | None = None) -> None:
     for name, figure in rows(summary):
         view.add_row(name, figure)
     console.print(view)
-    console.print(summary.privacy, markup=False)
 
 
 def duration(seconds: float | None) -> str:
