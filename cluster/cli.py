@@ -177,6 +177,12 @@ def serve(
     operator: Annotated[
         str, typer.Option(help="Who runs this, as devices in the mode split are told.")
     ] = "",
+    name: Annotated[
+        str, typer.Option(help="Name of the application, beside others on a running cluster.")
+    ] = "datamix",
+    prefix: Annotated[
+        str, typer.Option(help="Path under which it is found there, such as /operator-b.")
+    ] = "/",
 ) -> None:
     """Serve a bundle's backbone in the foreground; Ctrl-C takes everything down."""
     from cluster.local import absolute
@@ -197,7 +203,7 @@ def serve(
         tokens_file=None if tokens_file is None else str(tokens_file.absolute()),
         operator=operator,
     )
-    run(config, port=port, replicas=replicas, address=address)
+    run(config, port=port, replicas=replicas, address=address, name=name, prefix=prefix)
 
 
 def _config(**settings: Any) -> Config:

@@ -29,8 +29,6 @@ from datamix.bundle import (
 from datamix.errors import ConfigError, DataMixError, Unavailable
 from datamix.models import Architecture, build
 from deployments.config import Config
-from edge import masks as masks_module
-from edge import modes as modes_module
 from edge.fleet import pacing, result, view
 from edge.fleet.config import FleetConfig
 from edge.fleet.inputs import bundle_workload
@@ -48,6 +46,7 @@ from edge.splitting import local_masks
 from tests.asynchronous import asynchronous
 from tests.real_cloud import Cloud, serving
 from tests.test_fleet_report import make_run
+from tests.used_masks import assert_used_once, watch
 
 GROUP, SIGMA = 3, 200.0
 HOSTS = ("127.0.0.1", "127.0.0.2")
@@ -278,24 +277,10 @@ async def fly(config: FleetConfig, prepared: Any = None) -> ShardResult:
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[bytes]]]:
-    """Every seed that is drawn and every noise that hides features, as they come."""
-    seen: dict[str, list[bytes]] = {"seed": [], "noise": []}
-    draw, share = masks_module.draw_seeds, modes_module.share
-
-    def noted_draw(count: int) -> Any:
-        drawn = draw(count)
-        seen["seed"] += [row.tobytes() for row in drawn]
-        return drawn
-
-    def noted_share(clipped: Any, mask: Mask, sigma: float) -> Any:
-        seen["noise"].append(mask.noise.tobytes())
-        return share(clipped, mask, sigma)
-
-    monkeypatch.setattr(masks_module, "draw_seeds", noted_draw)
-    monkeypatch.setattr(modes_module, "share", noted_share)
+    """What the test uses, each only once."""
+    seen = watch(monkeypatch)
     yield seen
-    for kind, values in seen.items():
-        assert len(set(values)) == len(values), f"a {kind} was used twice"
+    assert_used_once(seen)
 
 
 def statuses(flown: ShardResult) -> dict[int, int]:
