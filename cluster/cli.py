@@ -108,7 +108,10 @@ def demo(
         str | None, typer.Option(help="Folder or URI of the bundle; else the shipped one.")
     ] = None,
     devices: Annotated[int, typer.Option(help="Devices, each with a stream of its own.")] = 2000,
-    rate: Annotated[float, typer.Option(help="Inferences (groups) per second, all devices.")] = 150,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Inferences (groups) per second, all devices; else 150, in split 75."),
+    ] = None,
     duration: Annotated[float, typer.Option(help="Seconds in which inferences fall due.")] = 20,
     seed: Annotated[int, typer.Option(help="Same seed, same schedule.")] = 0,
     processes: Annotated[int, typer.Option(help="Processes that hold the devices.")] = 1,
@@ -318,14 +321,15 @@ def infer(
         outputs = client.infer(inputs)
         print(client.client.privacy, file=sys.stderr)
     classes = [device.manifest.class_names[i] for i in outputs.argmax(axis=1)]
+    not_private = client.client.not_private
     for name, found in zip(names, classes, strict=True):
-        print(f"{name}: {found}")
+        print(f"{name}: {found}{'' if not_private is None else ' (NOT PRIVATE)'}")
     if json_path is not None:
         rows = zip(names, classes, outputs.tolist(), strict=True)
         keys = ("input", "class", "outputs")
-        json_path.write_text(
-            json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1) + "\n"
-        )
+        mark = {} if not_private is None else {"not_private": not_private}
+        found_rows = [dict(zip(keys, row, strict=True)) | mark for row in rows]
+        json_path.write_text(json.dumps(found_rows, indent=1) + "\n")
 
 
 @app.command()

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import socket
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
-from datamix.errors import AnswerError, ConfigError, Unavailable
+from datamix.errors import AnswerError, ConfigError, DataMixError, Unavailable
 from edge.access import Access, distrust
 
 _TIMEOUT_S = 10.0
@@ -145,13 +146,24 @@ class Operators:
 
         Raises:
             ConfigError: they seem to have one operator, and that is not allowed.
-            DataMixError: one of them could not be asked.
+            DataMixError: one of them could not be asked; says which.
         """
         async with self._asking:
             if self._asked:
                 return
             ends = await asyncio.gather(
-                *(look_up(*pair) for pair in zip(self._urls, self._accesses, strict=True))
+                *(
+                    _named(look_up(url, access), name)
+                    for name, url, access in zip("AB", self._urls, self._accesses, strict=True)
+                )
             )
             self.same = check_operators(*ends, allow_same=self._allow_same)
             self._asked = True
+
+
+async def _named(asking: Coroutine[Any, Any, Endpoint], name: str) -> Endpoint:
+    try:
+        return await asking
+    except DataMixError as error:
+        sentence = f"operator {name}: {error}"
+        raise type(error)(sentence, retry_after_s=error.retry_after_s) from error

@@ -17,8 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from cluster.local import free_port
+from cluster.serve import serve
 from datamix.bundle import load_backbone
-from datamix.errors import DataMixError
+from datamix.errors import ConfigError, DataMixError
+from deployments.config import Config
 from edge.client import Client, ClientConfig
 from edge.data import load_sample
 from edge.evaluate import _unmixed
@@ -96,8 +99,6 @@ def test_a_fleet_is_answered_right_by_two_applications(
     report = tmp_path / "fleet.json"
     command = ["simulate", "--url", cluster.url, "--bundle", cluster.bundle, "--mode", "split"]
     command += ["--second", second.url, "--devices", "30", "--rate", "10", "--duration", "3"]
-    refused = _datamix(*command)
-    assert refused.returncode == 2 and "--allow-same-operator, which is not" in refused.stderr
     done = _datamix(*command, "--allow-same-operator", "--json", str(report))
     summary = json.loads(report.read_text())
     assert done.returncode in (0, 3), done.stderr  # 3: this machine could not make the load in time
@@ -106,10 +107,27 @@ def test_a_fleet_is_answered_right_by_two_applications(
     assert summary["not_private"] and "NOT PRIVATE" in done.stdout
 
 
+def test_what_infer_prints_and_writes_is_marked(
+    cluster: Served, second: Served, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "some.npy", load_sample().inputs[slice(0, 3)][:, 0])
+    done = _datamix(
+        "infer", str(tmp_path / "some.npy"), "--url", cluster.url, "--bundle", cluster.bundle,
+        "--mode", "split", "--second", second.url, "--allow-same-operator",
+        "--json", str(tmp_path / "found.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [line.endswith(" (NOT PRIVATE)") for line in done.stdout.splitlines()] == [True] * 3
+    assert done.stderr.startswith("NOT PRIVATE: ")
+    assert all(row["not_private"] for row in json.loads((tmp_path / "found.json").read_text()))
+
+
 def test_a_second_application_needs_a_cluster_to_be_on(cluster: Served) -> None:
-    done = _datamix("serve", "--bundle", cluster.bundle, "--name", NAME)
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith("where it is to be beside another")
+    config = Config(bundle=cluster.bundle)
+    with pytest.raises(ConfigError, match="expected --address with the running cluster"):
+        serve(config, port=free_port(), name=NAME)
+    with pytest.raises(ConfigError, match="prefix is 'operator-b', expected /"):
+        serve(config, port=free_port(), address=cluster.address, name=NAME, prefix=NAME)
 
 
 def test_an_operator_b_that_is_gone_is_an_error_and_sends_nothing(cluster: Served) -> None:
@@ -118,7 +136,7 @@ def test_an_operator_b_that_is_gone_is_an_error_and_sends_nothing(cluster: Serve
     async def run() -> None:
         options: dict[str, Any] = {"second": f"{cluster.url}/nobody", "allow_same_operator": True}
         async with Client(cluster.url, BUNDLE, mode="split", **options) as client:
-            with pytest.raises(DataMixError, match="GET /v2 was answered with status 404"):
+            with pytest.raises(DataMixError, match="operator B: GET /v2 was .* status 404"):
                 await client.infer(load_sample().inputs[slice(0, 4)])
 
     asyncio.run(run())

@@ -70,7 +70,7 @@ def test_split_is_two_applications_on_one_machine_and_marked_so_everywhere(
     figures, page = run(tmp_path, "split")
     (names, deployed), config = asked
     assert names == OPERATORS and deployed.dtype == "float32"
-    assert (config.mode, config.allow_same_operator) == ("split", True)
+    assert (config.mode, config.allow_same_operator, config.rate) == ("split", True, 75)
     assert (config.url, config.second) == tuple(f"http://cloud/{name}" for name in OPERATORS)
     assert figures["not_private"] == ONE_ADDRESS and figures["mode"] == "split"
     assert figures["offline_bytes_down_per_input"] == 90_000 / 80
