@@ -29,7 +29,7 @@ from datamix.bundle import (
 from datamix.errors import ConfigError, DataMixError, Unavailable
 from datamix.models import Architecture, build
 from deployments.config import Config
-from edge.fleet import pacing, result, view
+from edge.fleet import result, view
 from edge.fleet.config import FleetConfig
 from edge.fleet.inputs import bundle_workload
 from edge.fleet.offline import Offline, OfflineTraffic
@@ -263,9 +263,7 @@ def aimed(folder: Path, a: Cloud, b: Cloud, **settings: Any) -> FleetConfig:
 async def fly(config: FleetConfig, prepared: Any = None) -> ShardResult:
     """One shard in this loop."""
     backbone_manifest = load_backbone(str(config.bundle))[0]
-    plan = pacing.schedule(
-        config.pacer, config.rate, config.duration_s, config.devices, config.seed
-    )
+    plan = config.schedule()
     offline = Offline(config, backbone_manifest, len(plan))
     workload = bundle_workload(config, len(plan), offline)
     shard = Shard(config, backbone_manifest.name, plan, workload, offline=offline)

@@ -23,7 +23,6 @@ from typing import Any
 
 from datamix.errors import DataMixError
 from datamix.limits import raise_descriptor_limit
-from edge.fleet import pacing
 from edge.fleet.config import FleetConfig
 from edge.fleet.offline import Offline
 from edge.fleet.shard import Shard
@@ -105,12 +104,11 @@ def _run(main: Coroutine[Any, Any, Any]) -> Any:
 
 async def _serve(connection: Connection, task: Task) -> Any:
     config = task.config
-    whole = pacing.schedule(
-        config.pacer, config.rate, config.duration_s, config.devices, config.seed
-    )
+    whole = config.schedule()
     mine = whole.shard(task.number, task.shards)
-    offline = _offline(config, len(mine))
-    workload = load(config, task.target, len(whole), offline)
+    # Of a closed loop nobody knows how many inferences it will have.
+    offline = _offline(config, len(mine) if whole.closed is None else config.masks_ahead)
+    workload = load(config, task.target, whole.distinct, offline)
     shard = Shard(
         config, task.target.model, mine, workload, task.number, task.shards, offline=offline
     )

@@ -4,7 +4,7 @@ A workload starts one generator per inference: it yields each round, is sent the
 and returns an :class:`Outcome`. The shard that drives it knows sockets and time, the workload knows
 values.
 
-    bundle   real inputs: what the mode does, bridges and head run, with fresh secrets per round
+    bundle   real inputs: mixing, de-mixing, bridges and head run, with fresh coefficients per round
     echo     noise that a cloud without a model sends back: the load without the arithmetic
 """
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from datamix.errors import AnswerError
 from datamix.wire import Response, dequantise, quantise
+from edge.fleet.stages import Stages, TimedDevice, TimedMode
 from edge.modes import check_mode, mode_of, wire_dtype
 from edge.session import Device, Round, infer_group
 
@@ -62,6 +63,11 @@ class Workload(Protocol):
     rounds: int
     dtype: Dtype
 
+    @property
+    def stages(self) -> Stages | None:
+        """How long the device's steps took since it was cleared; None where none run."""
+        ...
+
     def start(self, index: int) -> Inference:
         """Begin the fleet's inference number ``index``."""
         ...
@@ -76,6 +82,7 @@ class EchoWorkload:
 
     rounds = 1
     dtype: Dtype = "float16"
+    stages: Stages | None = None
     _POOL = 64  # messages of noise to choose from; what differs is stamped onto a copy
     _DIGIT = 1024  # float16 holds whole numbers exactly up to 2048
 
@@ -193,12 +200,18 @@ class BundleWorkload:
         self.dtype = wire_dtype(device.manifest, self.mode)
         self.rows = device.manifest.group_size
         self.rounds = len(device.manifest.blocks)
-        self._device = device
+        self._stages = Stages()
+        self._device: Device = TimedDevice(device, self._stages)
         self._features = features
         self._labels = labels
         self._choice = choice
         self._reference = reference
         self._offline = offline
+
+    @property
+    def stages(self) -> Stages:
+        """See :class:`Workload`."""
+        return self._stages
 
     def start(self, index: int) -> Inference:
         """Infer one group; in the mode split, take its masks first."""
@@ -222,7 +235,7 @@ class BundleWorkload:
         """Take one group through its rounds; return its outputs, and whether an answer differed."""
         wrong = False
         masks = None if self._offline is None else self._offline.take()
-        protection = mode_of(device.manifest, self.mode, masks)
+        protection = TimedMode(mode_of(device.manifest, self.mode, masks), self._stages)
         inference = infer_group(device, self._features[chosen], protection)
         try:
             question = next(inference)
