@@ -30,10 +30,12 @@ from datamix.errors import ConfigError, DataMixError, Unavailable
 from datamix.models import Architecture, build
 from deployments.config import Config
 from edge.fleet import result, view
+from edge.fleet.behaviour import Cancellations
 from edge.fleet.config import FleetConfig
 from edge.fleet.inputs import bundle_workload
 from edge.fleet.offline import Offline, OfflineTraffic
 from edge.fleet.page import write_page
+from edge.fleet.profiles import Profile, Times
 from edge.fleet.report import Run, Summary, summarise
 from edge.fleet.run import simulate
 from edge.fleet.shard import Shard, ShardResult
@@ -319,6 +321,20 @@ async def test_without_masks_an_inference_waits_and_then_fails_by_that_name(
     assert np.isnan(late["sent_s"]).all() and not late["bytes_up"].any()
     assert (late["lag_s"] < 0.5).all()
     assert flown.offline is not None and flown.offline.waited >= len(late)
+
+
+@asynchronous
+async def test_devices_of_their_own_speed_that_give_up_use_no_mask_twice(
+    folder: Path, used: dict[str, list[bytes]]
+) -> None:
+    async with two(folder) as (a, b):
+        slow = Profile("slow", times=Times(stem_s=0.01, mix_s=0.02, demix_s=0.02))
+        give_up = Cancellations(share=0.4, after_s=0.04)  # after the first message has left
+        flown = await fly(aimed(folder, a, b, profiles=(slow,), cancel=give_up))
+    found = statuses(flown)
+    assert set(found) == {result.OK, result.CANCELLED} and min(found.values()) > 5
+    assert flown.offline is not None and flown.offline.used == 40
+    assert 40 + found[result.OK] <= len(used["noise"]) <= 80  # one or two rounds, if given up
 
 
 @asynchronous
