@@ -24,12 +24,13 @@ import numpy as np
 import numpy.typing as npt
 
 from datamix import wire
-from datamix.errors import AnswerError, TooLarge, WireError, from_status
+from datamix.errors import AnswerError, DataMixError, TooLarge, WireError, from_status
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
 from edge.fleet.counters import Counters, Progress, ShardResult
 from edge.fleet.device import FleetDevice, Flight, backoff_s
 from edge.fleet.links import Traffic
+from edge.fleet.offline import Offline
 from edge.fleet.own_time import OwnTime
 from edge.fleet.pacing import Schedule
 from edge.fleet.profiles import assign
@@ -59,6 +60,7 @@ class Shard:
         number: which shard.
         shards: of how many.
         clock: seconds, the same in every process of this machine.
+        offline: in the mode split, where the workload has its masks from; else None.
     """
 
     config: FleetConfig
@@ -68,6 +70,7 @@ class Shard:
     number: int = 0
     shards: int = 1
     clock: Callable[[], float] = time.monotonic
+    offline: Offline | None = None
     table: result.Table = field(init=False)
     counters: Counters = field(init=False, default_factory=Counters)
     _devices: list[FleetDevice] = field(init=False)
@@ -142,12 +145,15 @@ class Shard:
     # --- streams ------------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        """Open the stream of every device that is there, a bounded number at a time.
+        """Open the stream of every device that is there, a few at a time; fetch masks, if needed.
 
         Raises:
             Unavailable: not all of them are open within ``connect_timeout_s``.
+            DataMixError: operator B could not be made to answer.
         """
         await self._streams.connect()
+        if self.offline is not None:
+            await self.offline.fill()
 
     def on_connected(self, device: FleetDevice) -> None:
         """Send what waited for the stream."""
@@ -206,6 +212,8 @@ class Shard:
             cpu_s = time.process_time() - self._start_cpu_s
             self._timers.close()
             await self._streams.close()
+            if self.offline is not None:
+                await self.offline.close()
         return ShardResult(
             self._due(),
             self._answered,
@@ -214,6 +222,7 @@ class Shard:
             self._busy_ratio,
             self._window_s,
             elapsed_s,
+            None if self.offline is None else self.offline.traffic(),
         )
 
     def _due(self) -> result.Table:
@@ -311,7 +320,26 @@ class Shard:
         if config.cancel is not None and config.cancel.has(config.seed, index):
             self._timers.at(due_s + config.cancel.after_s, self._cancel, flight)
         flight.inference = self.workload.start(index % self._distinct)
+        if self.offline is not None and not self.offline.ready:
+            column["lag_s"][position] = self.clock() - due_s
+            flight.status = result.MASKS
+            self._streams.spawn(self._wait_for_masks(flight, self.offline))
+            return
         self._ask_first(flight, flight.inference, due_s)
+
+    async def _wait_for_masks(self, flight: Flight, offline: Offline) -> None:
+        """Begin an inference when operator B has answered; nothing of it has left until then."""
+        try:
+            await offline.wait()
+        except DataMixError:
+            if flight.inference is not None:
+                self._end(flight, result.MASKS)
+            return
+        if flight.inference is not None:
+            # The wait was operator B's, and is no lag of the generator's; what was before it is.
+            lag_s = float(self._column["lag_s"][flight.position])
+            self._ask_first(flight, flight.inference, self.clock())
+            self._column["lag_s"][flight.position] += lag_s
 
     def _ask_first(self, flight: Flight, inference: Inference, due_s: float) -> None:
         column, position, device = self._column, flight.position, flight.device
@@ -340,6 +368,7 @@ class Shard:
         flight.message = wire.encode_request(
             question.features,
             request_id=flight.request_id,
+            dtype=self.workload.dtype,
             block=question.block,
             deadline_s=flight.deadline_s - (begun_s if at_s is None else at_s),
         )
