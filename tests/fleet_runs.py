@@ -61,6 +61,7 @@ def record(folder: Path, run: Run) -> Path:
         rounds=run.rounds,
         group_size=run.group_size,
         start_s=run.start_s,
+        terms=run.terms,
     )
     for sample in run.samples:
         recorder.sample(sample)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -26,12 +27,15 @@ from datamix.errors import ConfigError
 from edge.fleet import result, store
 from edge.fleet.config import FleetConfig
 from edge.fleet.links import Link
+from edge.fleet.offline import OfflineTraffic
 from edge.fleet.profiles import Profile, Times
 from edge.fleet.recorder import Recorder
-from edge.fleet.report import summarise
+from edge.fleet.report import Run, summarise
 from edge.fleet.run import simulate
 from edge.fleet.saved import load_run
 from edge.fleet.store import RowStream, Streaming, read_rows, read_stream, to_batch, to_table
+from edge.fleet.terms import Terms
+from edge.promises import Promise
 from tests.fake_cloud import Connection, FakeCloud, echo, polite, running
 from tests.test_fleet_report import make_run
 
@@ -64,6 +68,17 @@ def stream_of(folder: Path, table: result.Table, batches: int) -> Path:
         rows.look()
     rows.close()
     return folder / store.stream_name(3)
+
+
+def begin(recorder: Recorder, run: Run) -> None:
+    recorder.begin(
+        model=run.model,
+        mode=run.mode,
+        rounds=run.rounds,
+        group_size=run.group_size,
+        start_s=run.start_s,
+        terms=run.terms,
+    )
 
 
 def test_rows_come_back_bit_by_bit(tmp_path: Path) -> None:
@@ -152,12 +167,15 @@ def test_a_run_read_back_says_what_it_said(tmp_path: Path) -> None:
             Profile("laptop", 0.75),
         ),
         token="secretsecretsecret",
+        second_token="secretsecretsecret2",
         url="http://user:secret@cloud",
     )
-    run = replace(run, config=config)
+    terms = Terms(Promise("mix", math.inf, "separation"), "one operator", 0.5)
+    traffic = OfflineTraffic(fetched=9, used=8, bytes_up=400)
+    run = replace(run, config=config, mode="mix", terms=terms, offline=traffic)
     summary = summarise(run)
     recorder = Recorder(config)
-    recorder.begin(model="echo", mode="echo", rounds=1, group_size=4, start_s=run.start_s)
+    begin(recorder, run)
     for sample in run.samples:
         recorder.sample(sample)
     stream_of(recorder.folder, run.table.copy(), 2)
@@ -286,7 +304,7 @@ def test_what_is_no_record_is_refused_in_a_sentence(tmp_path: Path, spoil: Any, 
     run = make_run()
     config = replace(run.config, out=str(tmp_path / "run"))
     recorder = Recorder(config)
-    recorder.begin(model="echo", mode="echo", rounds=1, group_size=4, start_s=run.start_s)
+    begin(recorder, run)
     recorder.end(run, summarise(run))
     spoil(recorder.folder)
     with pytest.raises(ConfigError, match=word):

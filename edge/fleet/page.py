@@ -17,16 +17,7 @@ from edge.fleet.load_plots import load_plots
 from edge.fleet.plots import run_plots
 from edge.fleet.report import Summary
 from edge.fleet.series import Series
-from edge.fleet.view import OBFUSCATION, overview, rows
-
-_PRIVACY = {
-    "mix": OBFUSCATION
-    + " The cloud never received an input, but whoever runs it can rebuild close likenesses.",
-    "bounded": "Noise that is never cancelled bounds what each answer can tell; the bound adds up "
-    "over queries.",
-    "split": "Each operator alone learns next to nothing; the two together learn everything.",
-    "echo": "A load test: the devices sent noise, so there was nothing to protect.",
-}
+from edge.fleet.view import overview, rows
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #111; --paper: #fff; --soft: #444; --line: #bbb;
@@ -173,9 +164,8 @@ def _write(path: str | Path, title: str, parts: Sequence[str]) -> None:
 
 
 def _privacy(summaries: Sequence[Summary]) -> str:
-    modes = list(dict.fromkeys(summary.mode for summary in summaries))
-    notes = [escape(_PRIVACY[mode]) for mode in modes]
-    return f'<p class="note"><strong>Privacy.</strong> {" ".join(notes)}</p>'
+    notes = dict.fromkeys(escape(summary.privacy) for summary in summaries)
+    return f'<p class="note"><strong>Privacy.</strong> {"<br>".join(notes)}</p>'
 
 
 def _figures(plots: Sequence[Plot]) -> str:

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import sys
@@ -33,9 +34,10 @@ from edge.fleet.stats import Sample
 if TYPE_CHECKING:
     from edge.fleet.report import Run, Summary
     from edge.fleet.shard import Shard
+    from edge.fleet.terms import Terms
 
 FORMAT = 1
-_SECRET = ("token",)
+_SECRET = ("token", "second_token")
 _PACKAGES = ("datamix-cluster", "numpy", "pyarrow", "picows", "uvloop")
 
 
@@ -61,7 +63,16 @@ class Recorder:
         except OSError as error:
             raise ConfigError(f"{self.folder} cannot be made: {error.strerror}") from None
 
-    def begin(self, *, model: str, mode: str, rounds: int, group_size: int, start_s: float) -> None:
+    def begin(
+        self,
+        *,
+        model: str,
+        mode: str,
+        rounds: int,
+        group_size: int,
+        start_s: float,
+        terms: Terms | None,
+    ) -> None:
         """Write what is known before the first inference falls due."""
         body = {
             "format": FORMAT,
@@ -70,6 +81,7 @@ class Recorder:
             "mode": mode,
             "rounds": rounds,
             "group_size": group_size,
+            "terms": None if terms is None else _terms(terms),
             "start_s": start_s,
             "started_at": _wall(start_s).isoformat(timespec="milliseconds"),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -116,6 +128,7 @@ class Recorder:
                 "window_s": run.window_s,
                 "elapsed_s": run.elapsed_s,
                 "interrupted": run.interrupted,
+                "offline": None if run.offline is None else dataclasses.asdict(run.offline),
             },
         )
         write_json(self.folder / "summary.json", summary.as_dict())
@@ -155,8 +168,10 @@ def settings(config: FleetConfig) -> dict[str, Any]:
         for item in dataclasses.fields(config)
         if item.name not in _SECRET
     }
-    parts = urlsplit(config.url)
-    body["url"] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    for name in ("url", "second"):
+        if body[name] is not None:
+            parts = urlsplit(body[name])
+            body[name] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     plain: dict[str, Any] = json.loads(json.dumps(body, default=_plain))
     return plain
 
@@ -187,6 +202,14 @@ def write_json(path: Path, body: Mapping[str, Any]) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(body, indent=1, allow_nan=False) + "\n")
     os.replace(part, path)
+
+
+def _terms(terms: Terms) -> dict[str, Any]:
+    """Terms as JSON; a bound that is none is None."""
+    body = dataclasses.asdict(terms)
+    if not math.isfinite(terms.promise.bits_per_input):
+        body["promise"]["bits_per_input"] = None
+    return body
 
 
 def _processor() -> str:

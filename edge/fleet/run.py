@@ -22,12 +22,14 @@ from datamix.errors import ConfigError, DataMixError, Unavailable, from_status
 from datamix.limits import raise_descriptor_limit
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
+from edge.fleet.offline import OfflineTraffic
 from edge.fleet.process import Failure, Ready, Target, Task, main
 from edge.fleet.quantiles import observed
 from edge.fleet.recorder import Recorder
 from edge.fleet.report import Run, Summary, summarise
 from edge.fleet.shard import Counters, Progress, ShardResult
 from edge.fleet.stats import Sampler, Use, fetch, use
+from edge.fleet.terms import agree
 
 _HEADROOM_S = 0.3  # from "all are ready" to the first arrival, so that every shard has heard it
 _PATIENCE_S = 30.0  # beyond the last deadline, before a silent shard is taken for dead
@@ -81,13 +83,16 @@ def simulate(config: FleetConfig, on_progress: OnProgress | None = None) -> Summ
     Ctrl-C ends the run early: the summary then covers what was done. No process stays behind.
 
     Raises:
-        ConfigError: the settings don't fit the cloud, the bundle or this machine.
+        ConfigError: the settings don't fit the cloud, the bundle or this machine, or the two ends
+            of the mode split seem to have one operator.
         Unavailable: nobody answers, or not every device got its stream.
         DataMixError: what the cloud or a bundle had to say.
     """
     check_descriptors(config)
+    terms = agree(config)
     target = discover(config)
-    mode, rounds, rows = _shape(config, target)
+    rounds, rows = _shape(config, target)
+    mode = "echo" if terms is None else terms.promise.mode
     recorder = None if config.out is None else Recorder(config)
     sampler = Sampler(config.base_url, config.access, recorder.sample if recorder else None)
     with _shards(config, target) as fleet:
@@ -97,7 +102,12 @@ def simulate(config: FleetConfig, on_progress: OnProgress | None = None) -> Summ
             start_s = fleet.start()
             if recorder is not None:
                 recorder.begin(
-                    model=target.model, mode=mode, rounds=rounds, group_size=rows, start_s=start_s
+                    model=target.model,
+                    mode=mode,
+                    rounds=rounds,
+                    group_size=rows,
+                    start_s=start_s,
+                    terms=terms,
                 )
             interrupted = fleet.follow(start_s, sampler, on_progress)
         finally:
@@ -111,6 +121,8 @@ def simulate(config: FleetConfig, on_progress: OnProgress | None = None) -> Summ
         config=config,
         model=target.model,
         mode=mode,
+        terms=terms,
+        offline=_add_offline([part.offline for part in results if part.offline is not None]),
         rounds=rounds,
         group_size=rows,
         table=result.merge([part.table for part in results]),
@@ -178,10 +190,10 @@ def check_descriptors(config: FleetConfig) -> None:
         )
 
 
-def _shape(config: FleetConfig, target: Target) -> tuple[str, int, int]:
-    """Mode, requests per inference and rows per request."""
+def _shape(config: FleetConfig, target: Target) -> tuple[int, int]:
+    """Requests per inference and rows per request."""
     if config.workload == "echo" or config.bundle is None:
-        return "echo", 1, config.rows
+        return 1, config.rows
     from datamix.bundle import read_manifest
 
     manifest = read_manifest(config.bundle)
@@ -190,12 +202,18 @@ def _shape(config: FleetConfig, target: Target) -> tuple[str, int, int]:
         raise ConfigError(
             f"the bundle's blocks take {shapes}, expected {target.input_shapes} as the cloud serves"
         )
-    return manifest.mode, len(manifest.blocks), manifest.group_size
+    return len(manifest.blocks), manifest.group_size
 
 
 def _add(parts: list[Counters]) -> dict[str, int]:
     names = [item.name for item in dataclasses.fields(Counters)]
     return {name: sum(getattr(part, name) for part in parts) for name in names}
+
+
+def _add_offline(parts: list[OfflineTraffic]) -> OfflineTraffic | None:
+    names = [item.name for item in dataclasses.fields(OfflineTraffic)]
+    sums = {name: sum(getattr(part, name) for part in parts) for name in names}
+    return OfflineTraffic(**sums) if parts else None
 
 
 class _Fleet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +15,14 @@ from datamix.errors import ConfigError
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
 from edge.fleet.counters import Counters
+from edge.fleet.offline import OfflineTraffic
 from edge.fleet.profiles import from_dict
 from edge.fleet.recorder import FORMAT
 from edge.fleet.report import Run
 from edge.fleet.stats import Sample
 from edge.fleet.store import read_progress, read_rows
+from edge.fleet.terms import Terms
+from edge.promises import Promise
 
 # What a summary reads of the settings. The others may name files of the machine that ran.
 _SETTINGS = (
@@ -57,6 +61,7 @@ def load_run(folder: str | Path) -> Run:
             "rounds": int(about["rounds"]),
             "group_size": int(about["group_size"]),
             "start_s": float(about["start_s"]),
+            "terms": _terms(about["terms"]),
             "table": table,
             "samples": samples,
         }
@@ -93,6 +98,7 @@ def _end(folder: Path) -> dict[str, Any]:
         "window_s": float(body["window_s"]),
         "elapsed_s": float(body["elapsed_s"]),
         "interrupted": bool(body["interrupted"]),
+        "offline": None if body["offline"] is None else OfflineTraffic(**body["offline"]),
     }
 
 
@@ -120,6 +126,14 @@ def _cut_off(folder: Path, config: FleetConfig, known: Mapping[str, Any]) -> dic
         "interrupted": True,
         "lost": max(0, counters["begun"] - len(table)),
     }
+
+
+def _terms(body: Mapping[str, Any] | None) -> Terms | None:
+    if body is None:
+        return None
+    bits = body["promise"]["bits_per_input"]
+    promise = Promise(**{**body["promise"], "bits_per_input": math.inf if bits is None else bits})
+    return Terms(**{**body, "promise": promise})
 
 
 def _samples(folder: Path) -> list[Sample]:
