@@ -26,6 +26,7 @@ stats.py      the cloud's own figures, read before, during and after
 quantiles.py  percentiles with their intervals, or none
 series.py     a run cut into seconds
 waterfall.py  where an inference's time went
+summary.py    the figures of a run, and what each means
 report.py     all rows -> one Summary
 run.py        starts the shards, merges their rows
 store.py      rows on disk: a stream while the run goes, Parquet at its end
