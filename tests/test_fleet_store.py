@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from edge.fleet.config import FleetConfig
 from edge.fleet.links import Link
 from edge.fleet.offline import OfflineTraffic
 from edge.fleet.profiles import Profile, Times
-from edge.fleet.recorder import Recorder
+from edge.fleet.recorder import Recorder, recording
 from edge.fleet.report import Run, summarise
 from edge.fleet.run import simulate
 from edge.fleet.saved import load_run
@@ -193,6 +194,23 @@ def test_a_run_read_back_says_what_it_said(tmp_path: Path) -> None:
     assert all(b"secret" not in path.read_bytes() for path in recorder.folder.iterdir())
     with pytest.raises(ConfigError, match="not empty"):
         Recorder(config)
+
+
+def test_a_password_in_a_url_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["/x/datamix", "simulate", "--url", "https://me:secret@a.b:8/c", "--rate", "5"]
+    monkeypatch.setattr(sys, "argv", [*words, "--second=http://me:secret@d"])
+    run = make_run()
+    recorder = Recorder(replace(run.config, out=str(tmp_path / "run")))
+    begin(recorder, run)
+    told = json.loads((recorder.folder / "run.json").read_text())["command"]
+    assert told[:4] == ["datamix", "simulate", "--url", "https://a.b:8/c"]
+    assert told[-1] == "--second=http://d"
+
+
+def test_a_shard_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
+    elsewhere: Any = SimpleNamespace(config=SimpleNamespace(out=str(tmp_path / "no")), number=3)
+    with pytest.raises(ConfigError, match="where shard 3 runs"):
+        recording(elsewhere)
 
 
 @pytest.mark.parametrize("pacer", ["poisson", "closed:think_s=0.05"])

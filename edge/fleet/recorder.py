@@ -59,7 +59,7 @@ class Recorder:
             self.folder.mkdir(parents=True, exist_ok=True)
             if any(self.folder.iterdir()):
                 raise ConfigError(f"{self.folder} is not empty, expected a new folder for the run")
-            self._samples = (self.folder / "samples.jsonl").open("w")
+            (self.folder / "samples.jsonl").touch()
         except OSError as error:
             raise ConfigError(f"{self.folder} cannot be made: {error.strerror}") from None
 
@@ -84,7 +84,7 @@ class Recorder:
             "terms": None if terms is None else _terms(terms),
             "start_s": start_s,
             "started_at": _wall(start_s).isoformat(timespec="milliseconds"),
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": [Path(sys.argv[0]).name, *map(_bare_word, sys.argv[1:])],
             "machine": machine(),
             "versions": versions(),
         }
@@ -93,8 +93,9 @@ class Recorder:
     def sample(self, sample: Sample) -> None:
         """Keep one answer of the cloud's statistics; what goes wrong is said at the end."""
         try:
-            self._samples.write(json.dumps(dataclasses.asdict(sample)) + "\n")
-            self._samples.flush()
+            # Opened anew each second: a run that fails leaves nothing open.
+            with (self.folder / "samples.jsonl").open("a") as lines:
+                lines.write(json.dumps(dataclasses.asdict(sample)) + "\n")
         except OSError as error:
             self._error = error
 
@@ -116,7 +117,6 @@ class Recorder:
     def _end(self, run: Run, summary: Summary) -> None:
         from edge.fleet import store
 
-        self._samples.close()
         store.write_rows(self.folder, run.table)
         write_json(
             self.folder / "end.json",
@@ -147,6 +147,11 @@ def recording(shard: Shard) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
     from edge.fleet.store import RowStream, Streaming
 
+    if not Path(out).is_dir():
+        raise ConfigError(
+            f"{out} is no folder where shard {shard.number} runs, expected one that the machines of"
+            " all shards share"
+        )
     loop = asyncio.get_running_loop()
     began_cpu_s = time.process_time()
 
@@ -170,8 +175,7 @@ def settings(config: FleetConfig) -> dict[str, Any]:
     }
     for name in ("url", "second"):
         if body[name] is not None:
-            parts = urlsplit(body[name])
-            body[name] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+            body[name] = _bare(body[name])
     plain: dict[str, Any] = json.loads(json.dumps(body, default=_plain))
     return plain
 
@@ -210,6 +214,18 @@ def _terms(terms: Terms) -> dict[str, Any]:
     if not math.isfinite(terms.promise.bits_per_input):
         body["promise"]["bits_per_input"] = None
     return body
+
+
+def _bare_word(word: str) -> str:
+    """A word of the command line; where it holds a URL, that without user and password."""
+    name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{name}{equals}{_bare(value) if '://' in value else value}"
+
+
+def _bare(url: str) -> str:
+    """A URL without user and password."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _processor() -> str:
