@@ -27,11 +27,10 @@ from edge.data import load_sample
 from edge.data.speech_commands import SPEECH_COMMANDS_PREPROCESSING
 from edge.fleet.config import FleetConfig
 from edge.fleet.inputs import bundle_workload
-from edge.fleet.workload import EchoWorkload, Outcome, Workload
-from edge.session import Round
+from edge.fleet.workload import EchoWorkload, Outcome, Question, Workload
 
 
-def respond(question: Round, values: Any) -> wire.Response:
+def respond(question: Question, values: Any) -> wire.Response:
     """Take values through the wire, as a cloud would answer ``question``."""
     return wire.decode_response(
         wire.encode_response(

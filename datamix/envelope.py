@@ -1,0 +1,81 @@
+"""Requests around rows that are encoded already: many messages of one layout, one copy each.
+
+:func:`datamix.wire.encode_request` takes tensors: it converts them, looks for values that are not
+finite, and finds the template of the message. A load generator that sends what it has prepared
+needs none of that again: here only the id and the deadline are written, and the parts are joined.
+"""
+
+from __future__ import annotations
+
+import math
+
+from datamix.errors import WireError
+from datamix.framing import END, PADDING, Buffer, template
+from datamix.wire import PROTOCOL, check_name
+
+_VALUE_BYTES = 2  # of float16
+
+
+class Envelope:
+    """Requests with float16 rows of one shape for one block.
+
+    The bytes are those that :func:`datamix.wire.encode_request` gives for the same values.
+    """
+
+    __slots__ = ("_end", "_fields", "_pieces", "block", "shape", "size_bytes")
+
+    def __init__(self, shape: tuple[int, ...], block: int = 0) -> None:
+        """Make messages with features of ``shape``, (rows, *shape).
+
+        Raises:
+            WireError: the shape or the block cannot travel.
+        """
+        if len(shape) < 2 or min(shape) < 1:
+            raise WireError(f"features have shape {shape}, expected (rows, *shape), not empty")
+        if not 0 <= block < 10**12:
+            raise WireError(f"block is {block}, expected 0 or more, at most 12 digits")
+        self.block = block
+        self.size_bytes = math.prod(shape) * _VALUE_BYTES
+        self.shape = shape
+        self._fields = (("datamix.block", str(block)),) if block else ()
+        self._end = bytes(-self.size_bytes % PADDING) + END
+        # By the lengths of id and deadline, of which there are a few.
+        self._pieces: dict[tuple[int, int], tuple[tuple[bytes, bytes, bytes], bool]] = {}
+
+    def seal(self, rows: Buffer, request_id: str, deadline_s: float) -> bytes:
+        """One whole message.
+
+        Args:
+            rows: the values, little-endian float16 and finite, ``size_bytes`` of them.
+            request_id: names the request.
+            deadline_s: the budget left on arrival, in seconds.
+
+        Raises:
+            WireError: other rows than the layout's, or an id or deadline that cannot travel.
+        """
+        name = check_name("request_id", request_id).encode()
+        budget = b"%d" % math.ceil(max(0.0, deadline_s) * 1000)
+        lengths = len(name), len(budget)
+        found = self._pieces.get(lengths)
+        if found is None:
+            found = self._pieces[lengths] = self._cut(*lengths)
+        if len(rows) != self.size_bytes:
+            raise WireError(f"rows have {len(rows)} bytes, expected {self.size_bytes}")
+        (head, middle, tail), swapped = found
+        if swapped:
+            name, budget = budget, name
+        return b"".join((head, name, middle, budget, tail, rows, self._end))
+
+    def _cut(self, name: int, budget: int) -> tuple[tuple[bytes, bytes, bytes], bool]:
+        """What stands around id and deadline, and whether the deadline stands first."""
+        if budget > 12:
+            raise WireError("deadline has more than 12 digits of milliseconds")
+        fields = (
+            ("datamix.protocol", PROTOCOL),
+            ("datamix.request_id", name),
+            *self._fields,
+            ("datamix.deadline_ms", budget),
+        )
+        layout = template("float16", self.shape, fields)
+        head, middle, tail = layout.pieces
+        return (head, middle, tail), layout.order == (1, 0)
