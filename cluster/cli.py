@@ -392,6 +392,10 @@ def simulate(
     verify: Annotated[bool, typer.Option(help="Compare every answer with the local one.")] = True,
     timeout: Annotated[float, typer.Option(help="Seconds until an inference has failed.")] = 10,
     rows: Annotated[int, typer.Option(help="Rows per message of the echo workload.")] = 4,
+    precompute: Annotated[
+        int,
+        typer.Option(help="Mix so many groups once and repeat them, as no device would; 0: never."),
+    ] = 0,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     json_path: Annotated[
@@ -419,6 +423,7 @@ def simulate(
         verify=verify,
         timeout_s=timeout,
         rows=rows,
+        precompute=precompute,
         token=_token(token_file),
         ca_file=None if ca_file is None else str(ca_file),
     )

@@ -35,6 +35,8 @@ class FleetConfig:
         connect_at_once: how many devices open their stream at the same time.
         connect_timeout_s: by when every device has its stream, or the run does not start.
         model: the model's name; None for the bundle's, or the one that the cloud says it serves.
+        precompute: groups that are mixed and encoded once, before the run, and sent in turn; 0 for
+            fresh mixtures in every message, as devices send them. For the bundle workload.
         rows: rows per message of the echo workload; the bundle workload has ``group_size`` rows.
         token: bearer token, where the cloud wants one; not in the repr.
         ca_file: PEM file of the authorities that may vouch for an ``https`` cloud; None for those
@@ -59,6 +61,7 @@ class FleetConfig:
     connect_timeout_s: float = 60.0
     model: str | None = None
     rows: int = 4
+    precompute: int = 0
     token: str | None = field(default=None, repr=False)
     ca_file: str | None = None
 
@@ -78,6 +81,11 @@ class FleetConfig:
         for name in ("rate", "duration_s", "timeout_s", "connect_timeout_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a positive number")
+        if self.precompute < 0 or (self.precompute and self.workload != "bundle"):
+            raise ConfigError(
+                f"precompute is {self.precompute} with the workload {self.workload!r},"
+                " expected 0, or more with 'bundle'"
+            )
         if self.max_retries < 0 or self.retry_ratio < 0:
             raise ConfigError("max_retries and retry_ratio are 0 or more")
         self.access.context(self.url)

@@ -43,10 +43,16 @@ def bundle_workload(config: FleetConfig, inferences: int) -> BundleWorkload:
         raise ConfigError("the bundle workload got no bundle, expected a path")
     device = TorchDevice(config.bundle)
     raw, labels = load_inputs(config.inputs, device.manifest)
-    features = _chunked(lambda part: device.stem(device.preprocess(part)), raw)
+    features = compute_features(device, raw)
     reference = compute_reference(config.bundle, device, features) if config.verify else None
     choice = pacing.inputs(inferences, device.manifest.group_size, len(raw), config.seed)
     return BundleWorkload(device, features, labels, choice, reference)
+
+
+def compute_features(device: TorchDevice, raw: Array) -> Floats:
+    """Raw inputs (n, *raw_shape) to the stem's output (n, C, H, W)."""
+    features: Floats = _chunked(lambda part: device.stem(device.preprocess(part)), raw)
+    return features
 
 
 def load_inputs(path: str | None, manifest: Manifest) -> tuple[Array, Array]:
