@@ -126,6 +126,27 @@ def test_shards_whose_parent_was_killed_leave(cloud: FakeCloud, tmp_path: Path) 
     wait_for(lambda: not group(process.pid), 5)
 
 
+def test_a_killed_shard_ends_the_run_with_what_the_others_did(
+    cloud: FakeCloud, tmp_path: Path
+) -> None:
+    process = command(cloud, tmp_path, "--duration", "600")
+    wait_for(lambda: cloud.requests > 40)
+    shards = [
+        child.pid
+        for child in psutil.Process(process.pid).children()
+        if "spawn_main" in " ".join(child.cmdline())
+    ]
+    assert len(shards) == 2
+    os.kill(shards[1], signal.SIGKILL)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 3, err
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert "shard 1 of 2 was lost (exit code -9)" in figures["invalid_reason"]
+    assert figures["ok"] > 10 and figures["duration_s"] < 60
+    assert "was lost" in out
+    wait_for(lambda: not group(process.pid), 5)
+
+
 def test_wrong_answers_fail_the_command(tmp_path: Path) -> None:
     def negate(connection: Connection, request: wire.Request) -> None:
         connection.send(echo(request, features=-request.features))

@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from multiprocessing import reduction
+from multiprocessing.context import get_spawning_popen
 from types import TracebackType
 from typing import Any
 
@@ -87,7 +88,13 @@ class SharedBytes:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel to a process that is being spawned, as a descriptor."""
+        """Travel to a process that is being spawned, as a descriptor.
+
+        Raises:
+            TypeError: no process is: elsewhere there is nothing to map.
+        """
+        if get_spawning_popen() is None:
+            raise TypeError("shared bytes are pickled, expected only for a process being spawned")
         return _attach, (reduction.DupFd(self._descriptor), len(self.view))
 
 
