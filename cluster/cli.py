@@ -29,6 +29,7 @@ from datamix.errors import ConfigError, DataMixError
 
 if TYPE_CHECKING:
     from deployments.config import Config
+    from edge.fleet.crew import Launch
 
 app = typer.Typer(
     name="datamix",
@@ -383,7 +384,19 @@ def simulate(
     rate: Annotated[float, typer.Option(help="Inferences (groups) per second, all devices.")] = 50,
     duration: Annotated[float, typer.Option(help="Seconds in which inferences fall due.")] = 20,
     seed: Annotated[int, typer.Option(help="Same seed, same schedule.")] = 0,
-    processes: Annotated[int, typer.Option(help="Processes that hold the devices.")] = 1,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="Processes that hold the devices; else 1, on Ray as many as have room."),
+    ] = None,
+    on_ray: Annotated[
+        bool, typer.Option("--on-ray", help="Processes are actors of a Ray cluster.")
+    ] = False,
+    ray_address: Annotated[
+        str, typer.Option(help="The Ray cluster, auto or host:port, with --on-ray.")
+    ] = "auto",
+    ray_resources: Annotated[
+        str, typer.Option(help="What an actor takes of its node, such as CPU=1,generator=1.")
+    ] = "CPU=1",
     pacer: Annotated[str, typer.Option(help="poisson or constant.")] = "poisson",
     workload: Annotated[
         Literal["bundle", "echo"],
@@ -408,26 +421,36 @@ def simulate(
     """Let a fleet of devices loose on a cloud; exit code 1 if it failed any, 3 if not valid."""
     from edge.fleet.command import run
     from edge.fleet.config import FleetConfig
+    from edge.fleet.processes import processes as own_processes
 
-    config = FleetConfig(
-        url=url,
-        bundle=bundle,
-        inputs=inputs,
-        devices=devices,
-        rate=rate,
-        duration_s=duration,
-        seed=seed,
-        processes=processes,
-        pacer=pacer,
-        workload=workload,
-        verify=verify,
-        timeout_s=timeout,
-        rows=rows,
-        precompute=precompute,
-        token=_token(token_file),
-        ca_file=None if ca_file is None else str(ca_file),
-    )
-    raise typer.Exit(run(config, json_path, html_path))
+    with contextlib.ExitStack() as stack:
+        launch: Launch = own_processes
+        if on_ray:
+            from cluster.ray_fleet import on_ray as connect
+            from cluster.ray_fleet import parse_resources
+
+            fleet = stack.enter_context(connect(ray_address, parse_resources(ray_resources)))
+            launch = fleet
+            processes = fleet.room() if processes is None else processes
+        config = FleetConfig(
+            url=url,
+            bundle=bundle,
+            inputs=inputs,
+            devices=devices,
+            rate=rate,
+            duration_s=duration,
+            seed=seed,
+            processes=1 if processes is None else processes,
+            pacer=pacer,
+            workload=workload,
+            verify=verify,
+            timeout_s=timeout,
+            rows=rows,
+            precompute=precompute,
+            token=_token(token_file),
+            ca_file=None if ca_file is None else str(ca_file),
+        )
+        raise typer.Exit(run(config, json_path, html_path, launch))
 
 
 @app.command()

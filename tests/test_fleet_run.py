@@ -17,7 +17,7 @@ import pytest
 
 from datamix import wire
 from datamix.errors import ConfigError, NotFound, Unavailable
-from edge.fleet import run
+from edge.fleet import process
 from edge.fleet.config import FleetConfig
 from edge.fleet.run import FleetProgress, simulate
 from tests.fake_cloud import Connection, FakeCloud, echo, running
@@ -169,7 +169,7 @@ def test_what_cannot_work_is_said_before_anything_starts(
     cloud.engine = "torch:cpu:float32"
     with pytest.raises(ConfigError, match="expected 'bundle'"):
         simulate(make_config(cloud.url))
-    monkeypatch.setattr(run, "raise_descriptor_limit", lambda: 100)
+    monkeypatch.setattr(process, "raise_descriptor_limit", lambda: 100)
     with pytest.raises(ConfigError, match="at least 56 processes"):
         simulate(make_config(cloud.url, devices=2000))
     assert cloud.streams == 0

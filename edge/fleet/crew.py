@@ -40,7 +40,8 @@ class Crew(Protocol):
 
     Attributes:
         size: how many were started.
-        start_error_s: by how much the common start may differ between them, at most.
+        start_error_s: by how much the common start may differ between them, at most; known when
+            they were told.
     """
 
     size: int
@@ -50,8 +51,11 @@ class Crew(Protocol):
         """What the shards said, in their order; waits for the first word, but not for longer."""
         ...
 
-    def start(self, start_s: float) -> None:
-        """Tell every shard the common start, by this machine's monotonic clock."""
+    def start(self, headroom_s: float) -> float:
+        """Tell every shard the common start, and return it by this machine's monotonic clock.
+
+        headroom_s: how far ahead it is at least, so that every shard has heard it before.
+        """
         ...
 
     def stop(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import math
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from datamix.errors import DataMixError
+from datamix.errors import ConfigError, DataMixError
 from datamix.limits import raise_descriptor_limit
 from edge.fleet import pacing
 from edge.fleet.config import FleetConfig
@@ -31,6 +32,7 @@ from edge.fleet.stock import Stock, StockWorkload
 from edge.fleet.workload import EchoWorkload, Workload
 
 _PROGRESS_S = 0.5
+_SPARE_DESCRIPTORS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +120,28 @@ def main(connection: Connection, task: Task) -> None:
 def work(line: Line, task: Task, stock: Stock | None) -> ShardResult | Failure:
     """Run one shard to its end in this thread; its last word is what is returned."""
     try:
-        raise_descriptor_limit()
+        check_descriptors(task.config)
         return _run(_serve(line, task, stock))
     except DataMixError as error:
         return Failure(str(error), error.status)
     except Exception:
         return Failure(traceback.format_exc(limit=-4), 0)
+
+
+def check_descriptors(config: FleetConfig) -> None:
+    """Raise the limit of open files as far as allowed.
+
+    Raises:
+        ConfigError: that is not as far as a shard needs it.
+    """
+    needed = -(-config.devices // config.processes) + _SPARE_DESCRIPTORS
+    allowed = raise_descriptor_limit()
+    if needed > allowed:
+        raise ConfigError(
+            f"a process may open {allowed} files here and needs {needed} for its devices: raise "
+            f"the hard limit (ulimit -Hn) or use at least "
+            f"{math.ceil(config.devices / max(1, allowed - _SPARE_DESCRIPTORS))} processes"
+        )
 
 
 def _run(main: Coroutine[Any, Any, ShardResult]) -> ShardResult:

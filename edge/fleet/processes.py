@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -15,7 +16,7 @@ from typing import Any
 from edge.fleet.config import FleetConfig
 from edge.fleet.crew import Crew, Lost, Word
 from edge.fleet.prepare import Shelf
-from edge.fleet.process import Failure, Target, Task, main
+from edge.fleet.process import Failure, Target, Task, check_descriptors, main
 from edge.fleet.shard import ShardResult
 
 
@@ -42,8 +43,10 @@ class _Processes:
             said.append(word)
         return said
 
-    def start(self, start_s: float) -> None:
+    def start(self, headroom_s: float) -> float:
+        start_s = time.monotonic() + headroom_s
         self._tell(start_s)
+        return start_s
 
     def stop(self) -> None:
         self._tell(None)
@@ -64,7 +67,12 @@ class _Processes:
 
 @contextlib.contextmanager
 def processes(config: FleetConfig, target: Target, shelf: Shelf | None) -> Iterator[Crew]:
-    """Start the shard processes; on leaving, whatever the reason, none of them is alive."""
+    """Start the shard processes; on leaving, whatever the reason, none of them is alive.
+
+    Raises:
+        ConfigError: a process may not open as many files as it has devices.
+    """
+    check_descriptors(config)
     # Spawned, not forked: a fork would copy locks and threads of a parent that may run anything.
     context = multiprocessing.get_context("spawn")
     started: dict[Connection, SpawnProcess] = {}

@@ -113,6 +113,8 @@ class Summary:
         accuracy_cloud: share of inputs with the labelled class, by way of the cloud.
         accuracy_local: the same inputs, computed locally.
         series: the run second by second; not in the JSON.
+        start_error_s: by how much the shards' common start may differ, where they are on several
+            machines; 0 on one.
     """
 
     valid: bool
@@ -165,6 +167,7 @@ class Summary:
     accuracy_cloud: float | None
     accuracy_local: float | None
     series: Series = field(repr=False)
+    start_error_s: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the series, ready for JSON."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from datamix.errors import ConfigError, DataMixError, Unavailable, from_status
-from datamix.limits import raise_descriptor_limit
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
 from edge.fleet.crew import Crew, Launch, Lost
@@ -26,7 +25,6 @@ from edge.fleet.stats import Sampler, Use, fetch, use
 _HEADROOM_S = 0.3  # from "all are ready" to the first arrival, so that every shard has heard it
 _PATIENCE_S = 30.0  # beyond the last deadline, before a silent shard is taken for dead
 _PREPARE_S = 300.0  # reading the bundle and computing what is right
-_SPARE_DESCRIPTORS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,6 @@ def simulate(
         Unavailable: nobody answers, or not every device got its stream.
         DataMixError: what the cloud or a bundle had to say.
     """
-    check_descriptors(config)
     target = discover(config)
     mode, rounds, rows = _shape(config, target)
     sampler = Sampler(config.base_url, config.access)
@@ -108,10 +105,7 @@ def simulate(
         results, lost = fleet.results, fleet.lost
     if not results:
         raise Unavailable(f"every shard of the fleet was lost: {_losses(lost, crew.size)}")
-    longest = max(len(part.answered) for part in results)
-    answered = np.zeros((longest, 2), np.int64)
-    for part in results:
-        answered[: len(part.answered)] += part.answered
+    whole = merged(results)
     summary = summarise(
         Run(
             config=config,
@@ -119,9 +113,9 @@ def simulate(
             mode=mode,
             rounds=rounds,
             group_size=rows,
-            table=result.merge([part.table for part in results]),
-            answered=answered,
-            counters=_add([part.counters for part in results]),
+            table=whole.table,
+            answered=whole.answered,
+            counters=whole.counters,
             cpu_s=[part.cpu_s for part in results],
             busy_ratios=[part.busy_ratio for part in results],
             window_s=max(part.window_s for part in results),
@@ -131,6 +125,7 @@ def simulate(
             samples=samples,
         )
     )
+    summary = dataclasses.replace(summary, start_error_s=crew.start_error_s)
     if config.precompute:  # nothing was classified
         summary = dataclasses.replace(
             summary, stem="precomputed", accuracy_cloud=None, accuracy_local=None
@@ -138,6 +133,30 @@ def simulate(
     if lost:
         summary = dataclasses.replace(summary, valid=False, invalid_reason=_losses(lost, crew.size))
     return summary
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What all shards brought back, as one would have.
+
+    Attributes:
+        table: a row per inference that fell due, in the order of the whole fleet's schedule.
+        answered: (seconds, 2) messages and rows answered in each second after the start.
+        counters: totals.
+    """
+
+    table: result.Table
+    answered: npt.NDArray[np.int64]
+    counters: dict[str, int]
+
+
+def merged(parts: Sequence[ShardResult]) -> Merged:
+    """Put the shards' results together, whatever order they came in; nothing is rounded."""
+    answered = np.zeros((max(len(part.answered) for part in parts), 2), np.int64)
+    for part in parts:
+        answered[: len(part.answered)] += part.answered
+    table = result.merge([part.table for part in parts])
+    return Merged(table, answered, _add([part.counters for part in parts]))
 
 
 def discover(config: FleetConfig) -> Target:
@@ -174,18 +193,6 @@ def discover(config: FleetConfig) -> Target:
     if not shapes:
         raise Unavailable(f"{url} names no block, expected at least one")
     return Target(model, engine, shapes)
-
-
-def check_descriptors(config: FleetConfig) -> None:
-    """Raise the limit of open files as far as allowed; refuse if a process needs more."""
-    needed = -(-config.devices // config.processes) + _SPARE_DESCRIPTORS
-    allowed = raise_descriptor_limit()
-    if needed > allowed:
-        raise ConfigError(
-            f"a process may open {allowed} files here and needs {needed} for its devices: raise "
-            f"the hard limit (ulimit -Hn) or use at least "
-            f"{math.ceil(config.devices / max(1, allowed - _SPARE_DESCRIPTORS))} processes"
-        )
 
 
 def _shape(config: FleetConfig, target: Target) -> tuple[str, int, int]:
@@ -246,9 +253,7 @@ class _Fleet:
 
     def start(self) -> float:
         """Tell every shard the common start; return it."""
-        start_s = time.monotonic() + _HEADROOM_S
-        self._crew.start(start_s)
-        return start_s
+        return self._crew.start(_HEADROOM_S)
 
     def follow(self, start_s: float, sampler: Sampler, on_progress: OnProgress | None) -> bool:
         """Wait for the results; return whether Ctrl-C cut the run short."""
