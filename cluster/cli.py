@@ -373,7 +373,10 @@ def export(
 
 @app.command()
 def simulate(
-    url: Annotated[str, typer.Option(help="Base URL of the cloud, http://host:port.")],
+    url: Annotated[
+        list[str],
+        typer.Option(help="Base URL of the cloud, http://host:port; several for more front doors."),
+    ],
     bundle: Annotated[
         str | None, typer.Option(help="Folder or URI of the bundle the devices run.")
     ] = None,
@@ -433,7 +436,8 @@ def simulate(
             launch = fleet
             processes = fleet.room() if processes is None else processes
         config = FleetConfig(
-            url=url,
+            url=url[0],
+            doors=tuple(url[1:]),
             bundle=bundle,
             inputs=inputs,
             devices=devices,

@@ -50,6 +50,14 @@ def test_two_processes_verify_every_answer_and_leave_nothing(cloud: FakeCloud) -
     assert not [p for p in psutil.Process().children(True) if "spawn_main" in " ".join(p.cmdline())]
 
 
+def test_several_front_doors_share_the_devices(cloud: FakeCloud) -> None:
+    with running(FakeCloud()) as other:
+        summary = simulate(make_config(cloud.url, doors=(other.url,), duration_s=0.6))
+        assert summary.ok == summary.inferences == cloud.requests + other.requests
+        assert cloud.streams == other.streams == 20
+        assert min(cloud.requests, other.requests) > 20
+
+
 def test_a_generator_that_cannot_keep_up_says_so_and_loses_no_row(cloud: FakeCloud) -> None:
     summary = simulate(make_config(cloud.url, rate=200_000, duration_s=0.5, timeout_s=0.3))
     assert summary.exit_code == 3 and "generator" in str(summary.invalid_reason)
@@ -169,6 +177,7 @@ def test_what_cannot_work_is_said_before_anything_starts(
     cloud.engine = "torch:cpu:float32"
     with pytest.raises(ConfigError, match="expected 'bundle'"):
         simulate(make_config(cloud.url))
+    cloud.engine = "null"
     monkeypatch.setattr(process, "raise_descriptor_limit", lambda: 100)
     with pytest.raises(ConfigError, match="at least 56 processes"):
         simulate(make_config(cloud.url, devices=2000))
@@ -179,6 +188,8 @@ def test_what_cannot_work_is_said_before_anything_starts(
     "settings",
     [
         {"url": "cloud:80"},
+        {"doors": ("cloud:80",)},
+        {"doors": ("https://cloud",)},
         {"devices": 0},
         {"rate": 0.0},
         {"timeout_s": float("nan")},

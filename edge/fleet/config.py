@@ -17,6 +17,8 @@ class FleetConfig:
 
     Attributes:
         url: base URL of the cloud, ``http(s)://host:port``.
+        doors: base URLs of more front doors of the same cloud, such as HAProxy on other nodes; the
+            devices are spread over all of them in turn.
         bundle: the bundle whose stem, bridges and head the devices run; its backbone is read too
             where answers are verified. Needed for ``workload="bundle"``.
         inputs: ``.npz`` file with ``labels`` (n,) and ``images`` (n, C, H, W) uint8 or ``pcm``
@@ -64,13 +66,15 @@ class FleetConfig:
     precompute: int = 0
     token: str | None = field(default=None, repr=False)
     ca_file: str | None = None
+    doors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot mean anything."""
-        if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"url is {self.url!r}, expected http://host:port or https://host:port"
-            )
+        for url in (self.url, *self.doors):
+            if not url.startswith(("http://", "https://")):
+                raise ConfigError(f"url is {url!r}, expected http://host:port or https://host:port")
+            if url.split(":")[0] != self.url.split(":")[0]:
+                raise ConfigError(f"url is {url!r}, expected the scheme of {self.url!r}")
         if self.workload not in WORKLOADS:
             raise ConfigError(f"workload is {self.workload!r}, expected one of {WORKLOADS}")
         if self.workload == "bundle" and self.bundle is None:
@@ -100,6 +104,13 @@ class FleetConfig:
         """The URL without a slash at its end."""
         return self.url.rstrip("/")
 
-    def stream_url(self, model: str) -> str:
+    @property
+    def base_urls(self) -> tuple[str, ...]:
+        """All front doors, without slashes at their ends."""
+        return tuple(url.rstrip("/") for url in (self.url, *self.doors))
+
+    def stream_url(self, model: str, device: int = 0) -> str:
         """Where a device opens its stream."""
-        return f"ws{self.base_url.removeprefix('http')}/v2/models/{model}/stream"
+        doors = self.base_urls
+        door = doors[device % len(doors)]
+        return f"ws{door.removeprefix('http')}/v2/models/{model}/stream"

@@ -87,7 +87,7 @@ def simulate(
     """
     target = discover(config)
     mode, rounds, rows = _shape(config, target)
-    sampler = Sampler(config.base_url, config.access)
+    sampler = Sampler(*config.base_urls, access=config.access)
     with contextlib.ExitStack() as stack:
         shelf = None
         if config.precompute:

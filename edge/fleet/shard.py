@@ -218,7 +218,7 @@ class Shard:
                 try:
                     await ws_connect(
                         lambda: device,
-                        self.config.stream_url(self.model),
+                        self.config.stream_url(self.model, device.number),
                         ssl_context=self._ssl,
                         extra_headers=self._headers,
                         logger_name=_quiet,
