@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from datamix import wire
+from datamix.bundle import load_backbone
 from datamix.errors import ConfigError, NotFound, Unavailable
 from edge.fleet import process
 from edge.fleet.config import FleetConfig
@@ -48,6 +50,43 @@ def test_two_processes_verify_every_answer_and_leave_nothing(cloud: FakeCloud) -
     assert summary.generator_cpu_s_per_request is not None
     assert "running" in [progress.phase for progress in seen]
     assert not [p for p in psutil.Process().children(True) if "spawn_main" in " ".join(p.cmdline())]
+
+
+def test_a_stock_is_shared_by_all_shards_and_freed_by_ctrl_c() -> None:
+    import torch
+
+    folder = ROOT / "bundles/fashion-mnist-mix"
+    manifest, blocks = load_backbone(folder)
+
+    def compute(connection: Connection, request: wire.Request) -> None:
+        with torch.inference_mode():
+            rows = torch.from_numpy(request.features.astype(np.float32))
+            connection.send(echo(request, features=blocks[request.block](rows).numpy()))
+
+    shapes = tuple(tuple(block.input_shape) for block in manifest.blocks)
+    before = set(os.listdir("/dev/shm"))
+    maps: list[str] = []
+
+    def interrupt(progress: FleetProgress) -> None:
+        if not maps and progress.phase == "running" and progress.counters["ok"] > 10:
+            for child in psutil.Process().children():
+                maps.append(Path(f"/proc/{child.pid}/maps").read_text())
+            raise KeyboardInterrupt
+
+    with running(FakeCloud(compute, "torch:cpu:float32", shapes)) as cloud:
+        config = FleetConfig(
+            cloud.url, bundle=str(folder), model="echo", precompute=8, devices=10, rate=40,
+            duration_s=600, processes=2,
+        )  # fmt: skip
+        summary = simulate(config, interrupt)
+    assert summary.interrupted and summary.duration_s < 60
+    assert summary.ok > 10 and summary.wrong == 0 and not summary.failed
+    assert summary.stem == "precomputed" and summary.rounds == 2
+    assert summary.accuracy_cloud is None and summary.accuracy_local is None
+    assert sum("memfd:datamix-fleet" in text for text in maps) >= 2
+    assert "memfd:datamix-fleet" not in Path("/proc/self/maps").read_text()
+    left = set(os.listdir("/dev/shm")) - before
+    assert not [name for name in left if "datamix" in name or "psm_" in name]
 
 
 def test_several_front_doors_share_the_devices(cloud: FakeCloud) -> None:
