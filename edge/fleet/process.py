@@ -24,7 +24,6 @@ from typing import Any, Protocol
 
 from datamix.errors import ConfigError, DataMixError
 from datamix.limits import raise_descriptor_limit
-from edge.fleet import pacing
 from edge.fleet.config import FleetConfig
 from edge.fleet.prepare import Shelf
 from edge.fleet.shard import Shard, ShardResult
@@ -157,10 +156,8 @@ def _run(main: Coroutine[Any, Any, ShardResult]) -> ShardResult:
 
 async def _serve(connection: Line, task: Task, stock: Stock | None) -> ShardResult:
     config = task.config
-    whole = pacing.schedule(
-        config.pacer, config.rate, config.duration_s, config.devices, config.seed
-    )
-    workload = load(config, task.target, len(whole), stock)
+    whole = config.schedule()
+    workload = load(config, task.target, whole.distinct, stock)
     shard = Shard(
         config,
         task.target.model,

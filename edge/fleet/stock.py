@@ -24,6 +24,7 @@ from datamix.envelope import Envelope
 from datamix.errors import AnswerError, ConfigError
 from datamix.framing import Buffer
 from datamix.wire import is_finite
+from edge.fleet.stages import Stages
 from edge.fleet.workload import Inference, Outcome, Sealed
 
 Array = npt.NDArray[Any]
@@ -193,6 +194,8 @@ class Stock:
 
 class StockWorkload:
     """Sends the groups of a stock in turn; nothing is mixed, de-mixed or classified."""
+
+    stages: Stages | None = None
 
     def __init__(self, stock: Stock, verify: bool) -> None:
         """Send what is in ``stock``; ``verify`` compares the answers."""
