@@ -8,6 +8,7 @@ needs none of that again: here only the id and the deadline are written, and the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from datamix.errors import WireError
 from datamix.framing import END, PADDING, Buffer, template
@@ -20,9 +21,15 @@ class Envelope:
     """Requests with float16 rows of one shape for one block.
 
     The bytes are those that :func:`datamix.wire.encode_request` gives for the same values.
+
+    Attributes:
+        block: which block of the backbone.
+        shape: (rows, *shape) of the features.
+        size_bytes: of the rows.
+        rows_at: where the rows stand in each message, counted from its end: a negative number.
     """
 
-    __slots__ = ("_end", "_fields", "_pieces", "block", "shape", "size_bytes")
+    __slots__ = ("_cuts", "_end", "_fields", "block", "rows_at", "shape", "size_bytes")
 
     def __init__(self, shape: tuple[int, ...], block: int = 0) -> None:
         """Make messages with features of ``shape``, (rows, *shape).
@@ -39,14 +46,15 @@ class Envelope:
         self.shape = shape
         self._fields = (("datamix.block", str(block)),) if block else ()
         self._end = bytes(-self.size_bytes % PADDING) + END
+        self.rows_at = -self.size_bytes - len(self._end)
         # By the lengths of id and deadline, of which there are a few.
-        self._pieces: dict[tuple[int, int], tuple[tuple[bytes, bytes, bytes], bool]] = {}
+        self._cuts: dict[tuple[int, int], tuple[bytes, bytes, bytes, bool, int]] = {}
 
-    def seal(self, rows: Buffer, request_id: str, deadline_s: float) -> bytes:
-        """One whole message.
+    def seal(self, rows: Iterable[Buffer], request_id: str, deadline_s: float) -> bytes:
+        """One whole message; the rows stand in it from ``rows_at`` on.
 
         Args:
-            rows: the values, little-endian float16 and finite, ``size_bytes`` of them.
+            rows: the values in parts, little-endian float16 and finite, ``size_bytes`` together.
             request_id: names the request.
             deadline_s: the budget left on arrival, in seconds.
 
@@ -56,18 +64,20 @@ class Envelope:
         name = check_name("request_id", request_id).encode()
         budget = b"%d" % math.ceil(max(0.0, deadline_s) * 1000)
         lengths = len(name), len(budget)
-        found = self._pieces.get(lengths)
-        if found is None:
-            found = self._pieces[lengths] = self._cut(*lengths)
-        if len(rows) != self.size_bytes:
-            raise WireError(f"rows have {len(rows)} bytes, expected {self.size_bytes}")
-        (head, middle, tail), swapped = found
+        cut = self._cuts.get(lengths)
+        if cut is None:
+            cut = self._cuts[lengths] = self._cut(*lengths)
+        head, middle, tail, swapped, size_bytes = cut
         if swapped:
             name, budget = budget, name
-        return b"".join((head, name, middle, budget, tail, rows, self._end))
+        message = b"".join((head, name, middle, budget, tail, *rows, self._end))
+        if len(message) != size_bytes:
+            wrong = self.size_bytes + len(message) - size_bytes
+            raise WireError(f"rows have {wrong} bytes, expected {self.size_bytes}")
+        return message
 
-    def _cut(self, name: int, budget: int) -> tuple[tuple[bytes, bytes, bytes], bool]:
-        """What stands around id and deadline, and whether the deadline stands first."""
+    def _cut(self, name: int, budget: int) -> tuple[bytes, bytes, bytes, bool, int]:
+        """What stands around id and deadline, whether the deadline is first, and the whole size."""
         if budget > 12:
             raise WireError("deadline has more than 12 digits of milliseconds")
         fields = (
@@ -78,4 +88,5 @@ class Envelope:
         )
         layout = template("float16", self.shape, fields)
         head, middle, tail = layout.pieces
-        return (head, middle, tail), layout.order == (1, 0)
+        fixed = len(head) + name + len(middle) + budget + len(tail) + len(self._end)
+        return head, middle, tail, layout.order == (1, 0), fixed + self.size_bytes

@@ -21,7 +21,7 @@ def test_a_sealed_message_is_what_the_wire_writes(
     shape: tuple[int, ...], name: str, block: int, left_s: float, seed: int
 ) -> None:
     values = np.random.default_rng(seed).standard_normal(shape).astype(np.float16)
-    sealed = Envelope(shape, block).seal(values.tobytes(), name, left_s)
+    sealed = Envelope(shape, block).seal((values.tobytes()[:1], values.tobytes()[1:]), name, left_s)
     assert sealed == wire.encode_request(values, request_id=name, block=block, deadline_s=left_s)
     assert wire.decode_request(sealed).features.tobytes() == values.tobytes()
 
@@ -33,11 +33,11 @@ def test_what_cannot_travel_is_refused() -> None:
     with pytest.raises(WireError, match="block is -1"):
         Envelope((1, 1), -1)
     envelope = Envelope((2, 3))
-    assert envelope.seal(bytes(12), "ab", 1.0)
+    assert envelope.seal([bytes(12)], "ab", 1.0)
     with pytest.raises(WireError, match="rows have 11 bytes, expected 12"):
-        envelope.seal(bytes(11), "ab", 1.0)
+        envelope.seal([bytes(11)], "ab", 1.0)
     for name in ("", "a b", "x" * 65, "a\n"):
         with pytest.raises(WireError, match="request_id is"):
-            envelope.seal(bytes(12), name, 1.0)
+            envelope.seal([bytes(12)], name, 1.0)
     with pytest.raises(WireError, match="more than 12 digits"):
-        envelope.seal(bytes(12), "ab", 1e10)
+        envelope.seal([bytes(12)], "ab", 1e10)

@@ -166,7 +166,7 @@ def test_a_bundle_is_prepared_as_its_cloud_computes() -> None:
             assert complete(workload, index, lambda b, r: cloud(b, r) + 0.1).wrong
         message = next(workload.start(0))
         assert isinstance(message, Sealed)
-        body = message.envelope.seal(message.rows, "r-1", 1.0)
+        body = message.seal("r-1", 1.0)
         assert np.array_equal(wire.decode_request(body).features, message.features)
         del workload, message
 

@@ -330,7 +330,7 @@ class Shard:
         flight.sent = False
         flight.status = 0
         if isinstance(question, Sealed):
-            flight.message = question.envelope.seal(question.rows, flight.request_id, left_s)
+            flight.message = question.seal(flight.request_id, left_s)
         else:
             flight.message = wire.encode_request(
                 question.features, request_id=flight.request_id, block=block, deadline_s=left_s

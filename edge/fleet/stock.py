@@ -212,7 +212,7 @@ class StockWorkload:
         right = True
         for envelope, leg in zip(self._envelopes, self._stock.layout.legs, strict=True):
             block = envelope.block
-            response = yield Sealed(envelope, self._stock.rows(group, block))
+            response = yield Sealed(envelope, (self._stock.rows(group, block),))
             answer = response.features
             if answer.shape != leg.answer_shape or answer.dtype != np.float16:
                 raise AnswerError(
