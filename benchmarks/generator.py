@@ -102,7 +102,7 @@ def command(arm: str, at: Setting, seconds: float) -> tuple[list[str], dict[str,
             work = ["--workload", "echo"]
             if arm == "stock":
                 inferences = at.rate / len(read_manifest(at.bundle).blocks)
-                work, rate = ["--bundle", at.bundle, "--precompute", "256"], str(inferences)
+                work, rate = ["--bundle", at.bundle, "--precompute", "32"], str(inferences)
             return [
                 *(sys.executable, "-m", "cluster.cli", "simulate", "--url", at.url, *work),
                 *("--devices", many, "--rate", rate, "--duration", str(seconds)),

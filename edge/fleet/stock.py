@@ -139,10 +139,13 @@ def bounds(expected: Array, tolerance: float) -> tuple[Array, Array]:
     return first, span.astype(np.uint16)
 
 
-def ordered(values: Array) -> npt.NDArray[np.int16]:
-    """float16 values as int16 that compare as they do; -0 stands just below 0, NaN outside."""
+def ordered(values: Array, out: npt.NDArray[np.int16] | None = None) -> npt.NDArray[np.int16]:
+    """float16 values as int16 that compare as they do; -0 stands just below 0, NaN outside.
+
+    out: int16 of the same shape to write to, or None for a new array.
+    """
     bits = values.view(np.int16)
-    signs = bits >> 15
+    signs: npt.NDArray[np.int16] = np.right_shift(bits, 15, out=out)
     signs &= 0x7FFF
     signs ^= bits
     return signs
@@ -168,8 +171,12 @@ class Stock:
         self._view = view
         # Where, within a group, each round has its rows, least values and spans.
         self._places: list[tuple[int, int, int, int]] = []
+        # For each round what a comparison writes to: as signed, as unsigned, and over or not.
+        self._scratch: list[tuple[Array, Array, Array]] = []
         at = 0
         for leg in layout.legs:
+            signed = np.empty(math.prod(leg.answer_shape), np.int16)
+            self._scratch.append((signed, signed.view(np.uint16), np.empty(len(signed), np.bool_)))
             rows, least, span = leg.sizes_bytes
             stop = at + 2 * math.prod(leg.rows_shape)
             self._places.append((at, stop, at + rows, at + rows + least))
@@ -182,14 +189,19 @@ class Stock:
         return self._view[start + first : start + stop]
 
     def accepts(self, group: int, leg: int, answer: Array) -> bool:
-        """Whether each value of a float16 answer, of the right shape, is what it may be."""
+        """Whether each value of a float16 answer, of the right shape, is what it may be.
+
+        For one thread: it writes to memory of the stock's own.
+        """
         start = group * self.layout.group_bytes
         *_, least_at, span_at = self._places[leg]
         least = np.frombuffer(self._view, np.uint16, answer.size, start + least_at)
         span = np.frombuffer(self._view, np.uint16, answer.size, start + span_at)
-        above = ordered(answer.reshape(-1)).view(np.uint16)
+        signed, above, over = self._scratch[leg]
+        ordered(answer.reshape(-1), signed)
         above -= least  # below the least it wraps to a large number
-        return not bool((above > span).any())
+        np.greater(above, span, over)
+        return not over.any()
 
 
 class StockWorkload:
