@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge.fleet import result
+from edge.fleet.offline import OfflineTraffic
 
 
 @dataclass(slots=True)
@@ -92,6 +93,7 @@ class ShardResult:
         busy_ratio: processor time per time, until the last inference had begun.
         window_s: for how long inferences fell due; shorter than asked for where interrupted.
         elapsed_s: until the last inference ended.
+        offline: what was asked of operator B; None but in the mode split.
     """
 
     table: result.Table
@@ -101,3 +103,4 @@ class ShardResult:
     busy_ratio: float
     window_s: float
     elapsed_s: float
+    offline: OfflineTraffic | None = None

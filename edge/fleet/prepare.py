@@ -18,7 +18,7 @@ from edge.fleet import pacing
 from edge.fleet.config import FleetConfig
 from edge.fleet.shared import SharedBytes
 from edge.fleet.stock import Layout, Leg, Prepared, Stock, parts
-from edge.modes import Mix
+from edge.modes import Mix, check_mode
 
 Floats = npt.NDArray[np.float32]
 
@@ -61,8 +61,8 @@ def prepare(config: FleetConfig) -> Shelf:
 
     device = TorchDevice(config.bundle)
     manifest, blocks = load_backbone(config.bundle)
-    if manifest.mode != "mix":
-        raise ConfigError(f"precompute got a bundle of mode {manifest.mode!r}, expected 'mix'")
+    if (name := check_mode(manifest, config.mode)) != "mix":
+        raise ConfigError(f"precompute got the mode {name!r}, expected 'mix'")
     count, size = config.precompute, manifest.group_size
     raw, _ = load_inputs(config.inputs, manifest)
     features = compute_features(device, raw)

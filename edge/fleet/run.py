@@ -15,12 +15,14 @@ from datamix.errors import ConfigError, DataMixError, Unavailable, from_status
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
 from edge.fleet.crew import Crew, Launch, Lost
+from edge.fleet.offline import OfflineTraffic
 from edge.fleet.prepare import prepare
 from edge.fleet.process import Failure, Ready, Target
 from edge.fleet.processes import processes
 from edge.fleet.report import Run, Summary, percentiles, summarise
 from edge.fleet.shard import Counters, Progress, ShardResult
 from edge.fleet.stats import Sampler, Use, fetch, use
+from edge.fleet.terms import agree
 
 _HEADROOM_S = 0.3  # from "all are ready" to the first arrival, so that every shard has heard it
 _PATIENCE_S = 30.0  # beyond the last deadline, before a silent shard is taken for dead
@@ -81,12 +83,14 @@ def simulate(
         launch: where the shards are at work; by default in processes of this machine.
 
     Raises:
-        ConfigError: the settings don't fit the cloud, the bundle or this machine.
+        ConfigError: the settings don't fit the cloud, the bundle or this machine, or the two ends
+            of the mode split seem to have one operator.
         Unavailable: nobody answers, or not every device got its stream.
         DataMixError: what the cloud or a bundle had to say.
     """
+    terms = agree(config)
     target = discover(config)
-    mode, rounds, rows = _shape(config, target)
+    rounds, rows = _shape(config, target)
     sampler = Sampler(*config.base_urls, access=config.access)
     with contextlib.ExitStack() as stack:
         shelf = None
@@ -110,7 +114,9 @@ def simulate(
         Run(
             config=config,
             model=target.model,
-            mode=mode,
+            mode="echo" if terms is None else terms.promise.mode,
+            terms=terms,
+            offline=_add_offline([part.offline for part in results if part.offline is not None]),
             rounds=rounds,
             group_size=rows,
             table=whole.table,
@@ -195,10 +201,10 @@ def discover(config: FleetConfig) -> Target:
     return Target(model, engine, shapes)
 
 
-def _shape(config: FleetConfig, target: Target) -> tuple[str, int, int]:
-    """Mode, requests per inference and rows per request."""
+def _shape(config: FleetConfig, target: Target) -> tuple[int, int]:
+    """Requests per inference and rows per request."""
     if config.workload == "echo" or config.bundle is None:
-        return "echo", 1, config.rows
+        return 1, config.rows
     from datamix.bundle import read_manifest
 
     manifest = read_manifest(config.bundle)
@@ -207,7 +213,7 @@ def _shape(config: FleetConfig, target: Target) -> tuple[str, int, int]:
         raise ConfigError(
             f"the bundle's blocks take {shapes}, expected {target.input_shapes} as the cloud serves"
         )
-    return manifest.mode, len(manifest.blocks), manifest.group_size
+    return len(manifest.blocks), manifest.group_size
 
 
 def _add(parts: list[Counters]) -> dict[str, int]:
@@ -222,6 +228,12 @@ def _losses(lost: list[Lost], shards: int) -> str:
         f"shard {first.shard} of {shards}{others} was lost ({first.reason}): what its devices did "
         "is missing, and the others were stopped"
     )
+
+
+def _add_offline(parts: list[OfflineTraffic]) -> OfflineTraffic | None:
+    names = [item.name for item in dataclasses.fields(OfflineTraffic)]
+    sums = {name: sum(getattr(part, name) for part in parts) for name in names}
+    return OfflineTraffic(**sums) if parts else None
 
 
 class _Fleet:

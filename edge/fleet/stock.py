@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from datamix.envelope import Envelope
 from datamix.errors import AnswerError, ConfigError
-from datamix.framing import Buffer
+from datamix.framing import Buffer, Dtype
 from datamix.wire import is_finite
 from edge.fleet.stages import Stages
 from edge.fleet.workload import Inference, Outcome, Sealed
@@ -207,6 +207,7 @@ class Stock:
 class StockWorkload:
     """Sends the groups of a stock in turn; nothing is mixed, de-mixed or classified."""
 
+    dtype: Dtype = "float16"
     stages: Stages | None = None
 
     def __init__(self, stock: Stock, verify: bool) -> None:
