@@ -128,11 +128,14 @@ class Recorder:
                 "window_s": run.window_s,
                 "elapsed_s": run.elapsed_s,
                 "interrupted": run.interrupted,
+                "start_error_s": run.start_error_s,
+                "fault": run.fault,
                 "offline": None if run.offline is None else dataclasses.asdict(run.offline),
             },
         )
         write_json(self.folder / "summary.json", summary.as_dict())
-        for path in self.folder.glob("results-*.arrows"):
+        # Of a shard that was lost, its stream is all there is.
+        for path in () if run.fault else self.folder.glob("results-*.arrows"):
             path.unlink()
 
 
@@ -157,7 +160,11 @@ def recording(shard: Shard) -> contextlib.AbstractContextManager[None]:
 
     def tell() -> dict[str, Any]:
         counters = dataclasses.asdict(shard.counters)
-        return {"cpu_s": time.process_time() - began_cpu_s, "counters": counters}
+        return {
+            "elapsed_s": shard.elapsed_s,
+            "cpu_s": time.process_time() - began_cpu_s,
+            "counters": counters,
+        }
 
     def end(error: Exception) -> None:
         loop.call_soon_threadsafe(shard.on_crash, error)
@@ -176,6 +183,7 @@ def settings(config: FleetConfig) -> dict[str, Any]:
     for name in ("url", "second"):
         if body[name] is not None:
             body[name] = _bare(body[name])
+    body["doors"] = [_bare(door) for door in config.doors]
     plain: dict[str, Any] = json.loads(json.dumps(body, default=_plain))
     return plain
 

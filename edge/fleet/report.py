@@ -56,6 +56,8 @@ class Run:
         offline: what was asked of operator B; None but in the mode split.
         lost: inferences that had begun and have no row, where the run was killed; None where it
             came to its end.
+        start_error_s: by how much the shards' common start may differ, on several machines.
+        fault: what else went wrong, so that the figures do not stand; else None.
     """
 
     config: FleetConfig
@@ -74,6 +76,8 @@ class Run:
     start_s: float
     samples: Sequence[Sample]
     lost: int | None = None
+    start_error_s: float = 0.0
+    fault: str | None = None
     terms: Terms | None = None
     offline: OfflineTraffic | None = None
 
@@ -117,7 +121,7 @@ def summarise(run: Run) -> Summary:
     lag = percentiles(lags_s)
     lag_p99_s = observed(lags_s)["p99"] or lag["max"] or 0.0
     cpu_ratio = max(run.busy_ratios, default=0.0)
-    reason = _cut_off(run) or invalid_reason(lag_p99_s, cpu_ratio, len(table))
+    reason = run.fault or _cut_off(run) or invalid_reason(lag_p99_s, cpu_ratio, len(table))
 
     # Masks and columns: a copy of the whole table would take longer than all sums over it.
     counted = warm(table, config.warm_up_s)
@@ -134,7 +138,7 @@ def summarise(run: Run) -> Summary:
     # Without the drain at the end, in which the engine has little to do.
     during = [s for s in run.samples if s.at_s <= run.start_s + run.window_s + 1]
     cloud = use(during if len(during) > 1 else run.samples)
-    bundle = config.workload == "bundle"
+    classified = config.workload == "bundle" and not config.precompute
     steps = stages(config)
 
     def per_s(count: int) -> float:
@@ -222,10 +226,11 @@ def summarise(run: Run) -> Summary:
         bytes_up_per_input=share("bytes_up", True),
         bytes_down_per_input=share("bytes_down", True),
         **_offline(run.offline, run.group_size),
-        accuracy_cloud=share("correct", bundle),
-        accuracy_local=share("correct_local", bundle and config.verify),
+        accuracy_cloud=share("correct", classified),
+        accuracy_local=share("correct_local", classified and config.verify),
         accuracy_edge_only=None if run.terms is None else run.terms.accuracy_edge_only,
         series=series(run),
+        start_error_s=run.start_error_s,
     )
 
 
@@ -279,4 +284,5 @@ def stages(config: FleetConfig) -> dict[str, str]:
     run = dict.fromkeys(("mix", "demix", "head"), "run" if bundle else "none")
     run = {"stem": "cached" if bundle else "none", "encode": "run", **run}
     words = {True: "charged", None: "partly charged"}
-    return {stage: words.get(charged(config.profiles, stage), word) for stage, word in run.items()}
+    found = {stage: words.get(charged(config.profiles, stage), word) for stage, word in run.items()}
+    return found | {"stem": "precomputed"} if config.precompute else found

@@ -27,7 +27,7 @@ from edge.promises import Promise
 # What a summary reads of the settings. The others may name files of the machine that ran.
 _SETTINGS = (
     "url", "bundle", "workload", "verify", "devices", "rate", "duration_s", "seed", "processes",
-    "timeout_s", "warm_up_s", "slo_s", "pacer",
+    "timeout_s", "warm_up_s", "slo_s", "pacer", "precompute",
 )  # fmt: skip
 
 
@@ -98,6 +98,8 @@ def _end(folder: Path) -> dict[str, Any]:
         "window_s": float(body["window_s"]),
         "elapsed_s": float(body["elapsed_s"]),
         "interrupted": bool(body["interrupted"]),
+        "start_error_s": float(body["start_error_s"]),
+        "fault": None if body["fault"] is None else str(body["fault"]),
         "offline": None if body["offline"] is None else OfflineTraffic(**body["offline"]),
     }
 
@@ -108,7 +110,7 @@ def _cut_off(folder: Path, config: FleetConfig, known: Mapping[str, Any]) -> dic
     lines = list(read_progress(folder).values())
     names = Counters.__slots__
     counters = {name: sum(line["counters"][name] for line in lines) for name in names}
-    elapsed_s = max([0.0, *(line["at_s"] - known["start_s"] for line in lines)])
+    elapsed_s = max([0.0, *(float(line["elapsed_s"]) for line in lines)])
     window_s = min(config.duration_s, elapsed_s)
     cpu_s = [float(line["cpu_s"]) for line in lines]
     rounds = table["rounds"].astype(np.int64)

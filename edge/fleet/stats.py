@@ -105,13 +105,16 @@ class Sampler:
 
     def __init__(
         self,
-        base_url: str,
+        *base_urls: str,
         access: Access = _ANYBODY,
         keep: Callable[[Sample], None] | None = None,
     ) -> None:
-        """Make a sampler that has not started; ``keep`` gets each sample as it comes."""
+        """Make a sampler, of one front door or several, that has not started.
+
+        ``keep`` gets each sample as it comes.
+        """
         self.samples: list[Sample] = []
-        self._url = f"{base_url}/v2/stats"
+        self._urls = [f"{base_url}/v2/stats" for base_url in base_urls]
         self._access = access
         self._keep = keep
         self._stop = threading.Event()
@@ -130,22 +133,23 @@ class Sampler:
         return self.samples
 
     def read(self) -> None:
-        """Read one sample; a cloud that gives none is not an error here."""
-        try:
-            body = fetch(self._url, self._access, timeout_s=2.0)
-            sample = Sample(
-                time.monotonic(),
-                str(body["replica"]),
-                float(body["engine_busy_s"]),
-                float(body["uptime_s"]),
-                int(body["batches"]),
-                int(body["rows"]),
-            )
-        except (DataMixError, KeyError, TypeError, ValueError):
-            return
-        self.samples.append(sample)
-        if self._keep is not None:
-            self._keep(sample)
+        """Read one sample from each door; a cloud that gives none is not an error here."""
+        for url in self._urls:
+            try:
+                body = fetch(url, self._access, timeout_s=2.0)
+                sample = Sample(
+                    time.monotonic(),
+                    str(body["replica"]),
+                    float(body["engine_busy_s"]),
+                    float(body["uptime_s"]),
+                    int(body["batches"]),
+                    int(body["rows"]),
+                )
+            except (DataMixError, KeyError, TypeError, ValueError):
+                continue
+            self.samples.append(sample)
+            if self._keep is not None:
+                self._keep(sample)
 
     def _run(self) -> None:
         while not self._stop.wait(_PERIOD_S):

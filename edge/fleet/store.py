@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,7 +192,7 @@ class RowStream:
             self.written_rows += len(places)
             open_places = np.flatnonzero(~self._written[low:high])
             self._low = low + int(open_places[0]) if len(open_places) else high
-        line = {"at_s": time.monotonic(), "rows": self.written_rows, **self._tell()}
+        line = {"rows": self.written_rows, **self._tell()}
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
         return len(places)
