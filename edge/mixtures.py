@@ -82,7 +82,7 @@ def clip(features: Tensor) -> tuple[Tensor, Tensor]:
     """Members of mean square 1 at most, and what each was divided by; gradients pass through both.
 
     (n, C, H, W) -> (n, C, H, W) float32 and (n, 1, 1, 1) float32, 1 or more. What a device does is
-    :func:`edge.modes.clip`.
+    :func:`datamix.clipping.clip`.
     """
     with torch.autocast(features.device.type, enabled=False):
         features = features.float()

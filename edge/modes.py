@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from datamix.clipping import clip as clip  # part of this module's interface
 from datamix.errors import ConfigError
 from datamix.framing import STEPS
 from edge.masks import Mask, Masks
@@ -188,22 +189,6 @@ def int16_step(sigma: float) -> float:
     largest sum less the noise that is known to be the largest is a feature.
     """
     return float(np.float32(REACH * sigma / STEPS["int16"]))
-
-
-def clip(features: Array) -> tuple[Floats, Floats]:
-    """Members of mean square 1 at most, and what each was divided by.
-
-    Args:
-        features: (K, *shape) float32.
-
-    Returns:
-        (K, *shape) float32, and (K,) float32, 1 or more.
-    """
-    flat = np.ascontiguousarray(features, np.float32).reshape(len(features), -1)
-    power = np.einsum("ij,ij->i", flat, flat, dtype=np.float64) / flat.shape[1]
-    # A hair more than the root, so that rounding to float32 does not bring it above 1.
-    scale = np.maximum(1.0, np.sqrt(power) * (1 + 1e-6)).astype(np.float32)
-    return (flat / scale[:, None]).reshape(features.shape), scale
 
 
 def share(clipped: Array, mask: Mask, sigma: float, step: float | None = None) -> Floats:

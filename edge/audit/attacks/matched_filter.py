@@ -49,7 +49,7 @@ class MatchedFilter:
             items = [discount(x, y, sigma=sigma) for x, y in zip(items, common, strict=True)]
         scores = []
         for group in groups:
-            if budget.expired():
+            if scores and budget.expired():
                 break
             total: Array = np.zeros(1)
             for index, sent in enumerate(group.rounds):

@@ -48,7 +48,7 @@ class Span:
             common = backgrounds(observation, self.background, budget.rng())
         scores = []
         for group in groups:
-            if budget.expired():
+            if scores and budget.expired():
                 break
             total = np.zeros(len(public.gallery))
             for index, sent in enumerate(group.rounds):
