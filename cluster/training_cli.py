@@ -190,11 +190,14 @@ def results(
     plots: Annotated[
         Path | None, typer.Option(help="Folder for plots; else beside the page, of its name.")
     ] = None,
+    attacks: Annotated[
+        Path, typer.Option(help="What benchmarks.attacks wrote, for the mode bounded.")
+    ] = Path("docs/benchmarks/attacks.json"),
 ) -> None:
     """Make the page of results from the rows: tables, plots, the paper's claims."""
     from edge.results_page import write_page
 
-    write_page(json_path, markdown, plots or markdown.with_suffix(""))
+    write_page(json_path, markdown, plots or markdown.with_suffix(""), attacks)
 
 
 def _absolute(path: Path | None) -> str | None:

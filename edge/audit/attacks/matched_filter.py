@@ -47,7 +47,7 @@ class MatchedFilter:
         if mixed:
             common = backgrounds(observation, self.background, budget.rng())
             items = [discount(x, y, sigma=sigma) for x, y in zip(items, common, strict=True)]
-        scores = []
+        scores: list[Array] = []
         for group in groups:
             if scores and budget.expired():
                 break

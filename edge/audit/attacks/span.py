@@ -46,7 +46,7 @@ class Span:
         common: tuple[Background, ...] = ()
         if observation.mode != "mix":
             common = backgrounds(observation, self.background, budget.rng())
-        scores = []
+        scores: list[Array] = []
         for group in groups:
             if scores and budget.expired():
                 break
