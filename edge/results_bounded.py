@@ -26,10 +26,12 @@ _HEAD = ("data", "network", "sigma", "bits", "accuracy", "edge only", *(f[1] for
 _INTRO = """\
 ## The mode bounded: the whole curve
 
-*Bits* bound what the cloud learns of one input, all rounds together; a repeated input costs them again. *Edge only* is what the device
-reaches without a cloud at the same budget: where it is as accurate, sending anything buys nothing. Attacks: share of members
-named in a gallery of 200 (floor in brackets), of `16 copies` after as many times the bits, and SSIM of recovered pictures; empty where
-nobody tried ([attacks.md](attacks.md)). A network without an accuracy was not trained for noise: only what leaks is of interest there.
+*Bits* bound what the cloud learns of one input, all rounds together; a repeated input costs them
+again. *Edge only* is what the device reaches without a cloud at the same budget: where it is as
+accurate, sending anything buys nothing. Attacks: share of members named in a gallery of 200 (floor
+in brackets), of `16 copies` after as many times the bits, and SSIM of recovered pictures; empty
+where nobody tried ([attacks.md](attacks.md)). A network without an accuracy was not trained for
+noise: only what leaks is of interest there.
 """
 
 
@@ -63,7 +65,7 @@ def section(rows: Iterable[Row], attacks: Sequence[Attacked], links: Sequence[st
         dataset, label, sigma = key
         some, figures = trained.get(key, []), found.get(key, {})
         edge = [row.accuracy_edge_only for row in some if row.accuracy_edge_only is not None]
-        bits = some[0].bits_per_input if some else next(iter(figures.values()))["bound_bits"]
+        bits = some[0].bits_per_input if some else _bits(figures)
         lines.append(
             (
                 dataset,
@@ -92,10 +94,14 @@ def _by_network(
         if which in wanted:
             label = str(row["bundle"]).removeprefix(f"{row['dataset']}-")
             found[row["dataset"], label, float(row["sigma"])][which] = row
-    # Without copies first, so that the bits are those of one.
-    return {
-        key: dict(sorted(some.items(), key=lambda item: item[0][3])) for key, some in found.items()
-    }
+    return found
+
+
+def _bits(figures: Mapping[tuple[str, str, str, int], Attacked]) -> float:
+    """Of one copy."""
+    (*_, copies), row = next(iter(figures.items()))
+    bits: float = row["bound_bits"] / copies
+    return bits
 
 
 def _percent(shares: Sequence[float]) -> str:
