@@ -28,7 +28,9 @@ def draw_plots(rows: Sequence[Row], folder: Path) -> dict[str, list[Path]]:
 
     found = {}
     for data in sorted({row.dataset for row in rows}):
-        some = [row for row in rows if row.dataset == data and row.law == "haar"]
+        # What has noise has a figure of its own, over bits.
+        clear = [row for row in rows if row.bits_per_input is None]
+        some = [row for row in clear if row.dataset == data and row.law == "haar"]
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": "datamix", "font.size": 9}):
             figure = Figure(figsize=(11, 4.2), layout="constrained")
             FigureCanvasAgg(figure)
