@@ -279,10 +279,10 @@ def _tables(data: bytes, table: int, number: int) -> list[int]:
 
 
 def _metadata(data: bytes, table: int, number: int) -> dict[bytes, bytes]:
-    found = {}
+    found: dict[bytes, bytes] = {}
     for entry in _tables(data, table, number):
         key, value = (flat.string(data, flat.field(data, entry, slot)) for slot in (0, 1))
-        found[data[slice(*key)]] = data[slice(*value)]
+        found.setdefault(data[slice(*key)], data[slice(*value)])  # the first one, as for pyarrow
     return found
 
 

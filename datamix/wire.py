@@ -563,7 +563,8 @@ def peek_request_id(body: Buffer) -> str:
     try:
         size = int.from_bytes(body[4:8], "little")
         header = bytes(body[8 : 8 + size])
-        spans = {key: span for key, *span in flat.metadata_values(header)}
+        # Of a key that comes twice the first value counts, as it does for pyarrow.
+        spans = {key: span for key, *span in reversed(flat.metadata_values(header))}
         value = header[slice(*spans[b"datamix.request_id"])].decode()
     except (ValueError, KeyError):
         return "-"

@@ -74,6 +74,24 @@ def alike(ours: ipc.Opened, theirs: ipc.Opened) -> bool:
     return same and bytes(ours.body) == bytes(theirs.body)
 
 
+def test_of_a_key_that_comes_twice_everybody_takes_the_first() -> None:
+    pairs = [
+        ("datamix.protocol", "1"),
+        ("datamix.request_id", "one"),
+        ("datamix.request_id", "two"),
+    ]
+    twice = pa.KeyValueMetadata([(key.encode(), value.encode()) for key, value in pairs])
+    with pa.ipc.open_stream(plain()) as reader:
+        batch = reader.read_next_batch()
+    sink = pa.BufferOutputStream()
+    schema = batch.schema.with_metadata(twice)
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=schema))
+    body = sink.getvalue().to_pybytes()
+    assert alike(ipc.open_stream(body), _open(body))
+    assert wire.decode_request(body).request_id == wire.peek_request_id(body) == "one"
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_both_readers_find_the_same_in_golden_files(file: Path) -> None:
     body = file.read_bytes()
