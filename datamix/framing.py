@@ -33,7 +33,7 @@ DTYPE_OF: dict[str, Dtype] = {np.dtype(name).char: name for name in DTYPES}
 
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of a stream
 
-_PADDING = 8  # Arrow aligns each buffer of a message's body to 8 bytes
+PADDING = 8  # Arrow aligns each buffer of a message's body to 8 bytes
 
 
 def _messages(
@@ -107,10 +107,10 @@ class Template(NamedTuple):
             at += 1
         if features.size:
             parts.append(features.data)
-        if padding := -features.nbytes % _PADDING:
+        if padding := -features.nbytes % PADDING:
             parts.append(bytes(padding))
         if scale is not None and scale.size:
-            parts += (scale.data, bytes(-scale.nbytes % _PADDING))
+            parts += (scale.data, bytes(-scale.nbytes % PADDING))
         parts.append(END)
         return parts
 

@@ -35,7 +35,6 @@ MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 CLOSE_REASONS = ("engine_free", "full", "deadline", "drain")
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
-_NUMBER = re.compile(r"[0-9]{1,12}\Z")
 # Signed and unsigned integers of a float's size, and the bits of positive and negative infinity.
 _INFINITY = {
     2: (np.int16, 0x7C00, np.uint16, 0xFC00),
@@ -220,16 +219,19 @@ def _name(metadata: Values, key: str) -> str | None:
 
 def _number(metadata: Values, key: str) -> int | None:
     value = metadata.get(key)
-    if value is None:
-        return None
-    if not _NUMBER.match(value):
-        raise WireError(f"{key} is not a whole number of at most 12 digits")
-    return int(value)
+    return None if value is None else _whole(key, value)
 
 
 def _number_or(metadata: Values, key: str, default: int) -> int:
-    number = _number(metadata, key)
-    return default if number is None else number
+    value = metadata.get(key)
+    return default if value is None else _whole(key, value)
+
+
+def _whole(key: str, value: str) -> int:
+    # In every message several times, so without a regular expression.
+    if not (value.isascii() and value.isdigit() and len(value) <= 12):
+        raise WireError(f"{key} is not a whole number of at most 12 digits")
+    return int(value)
 
 
 def _check_protocol(metadata: Values) -> None:
@@ -244,7 +246,12 @@ def _request_id(variables: Values) -> str:
     return request_id
 
 
-def _check_name(key: str, value: str) -> str:
+def check_name(key: str, value: str) -> str:
+    """Return a name that can travel.
+
+    Raises:
+        WireError: it is not 1 to 64 characters of ``A-Z a-z 0-9 . _ -``.
+    """
     if not _NAME.match(value):
         raise WireError(f"{key} is {value!r}, expected 1 to 64 characters of A-Z a-z 0-9 . _ -")
     return value
@@ -320,15 +327,15 @@ def _request_fields(
         raise WireError(f"priority is {priority}, expected 0 or 1")
     if deadline_s is not None and not deadline_s < 1e9:
         raise WireError(f"deadline_s is {deadline_s}, expected less than 1e9")
-    values = [_check_name("request_id", request_id).encode()]
+    values = [check_name("request_id", request_id).encode()]
     fields: list[tuple[str, str | int]] = [
         ("datamix.protocol", PROTOCOL),
         ("datamix.request_id", len(values[0])),
     ]
     if model is not None:
-        fields.append(("datamix.model", _check_name("model", model)))
+        fields.append(("datamix.model", check_name("model", model)))
     if model_version is not None:
-        fields.append(("datamix.model_version", _check_name("model_version", model_version)))
+        fields.append(("datamix.model_version", check_name("model_version", model_version)))
     if block:
         fields.append(("datamix.block", str(block)))
     if deadline_s is not None:

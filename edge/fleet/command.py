@@ -8,13 +8,20 @@ from pathlib import Path
 
 from datamix.errors import ConfigError
 from edge.fleet.config import FleetConfig
+from edge.fleet.crew import Launch
+from edge.fleet.processes import processes
 from edge.fleet.run import simulate
 from edge.fleet.view import live_view, show
 
 INTERRUPTED = 130
 
 
-def run(config: FleetConfig, json_path: Path | None, html_path: Path | None) -> int:
+def run(
+    config: FleetConfig,
+    json_path: Path | None,
+    html_path: Path | None,
+    launch: Launch = processes,
+) -> int:
     """Simulate and report; return the exit code.
 
     0: valid, and every inference answered right. 1: the cloud failed some. 3: the figures are not
@@ -30,7 +37,7 @@ def run(config: FleetConfig, json_path: Path | None, html_path: Path | None) -> 
             raise ConfigError(f"{path.parent} is no folder, expected one to write {path.name} to")
     config.schedule()  # what makes none, such as a trace that can't be read, is said at once
     with live_view() as on_progress:
-        summary = simulate(config, on_progress)
+        summary = simulate(config, on_progress, launch)
     show(summary)
     if json_path is not None:
         json_path.write_text(json.dumps(summary.as_dict(), indent=2, allow_nan=False) + "\n")
