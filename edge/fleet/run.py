@@ -19,7 +19,9 @@ from edge.fleet.offline import OfflineTraffic
 from edge.fleet.prepare import prepare
 from edge.fleet.process import Failure, Ready, Target
 from edge.fleet.processes import processes
-from edge.fleet.report import Run, Summary, percentiles, summarise
+from edge.fleet.quantiles import observed
+from edge.fleet.recorder import Recorder
+from edge.fleet.report import Run, Summary, summarise
 from edge.fleet.shard import Counters, Progress, ShardResult
 from edge.fleet.stats import Sampler, Use, fetch, use
 from edge.fleet.terms import agree
@@ -91,7 +93,10 @@ def simulate(
     terms = agree(config)
     target = discover(config)
     rounds, rows = _shape(config, target)
-    sampler = Sampler(*config.base_urls, access=config.access)
+    mode = "echo" if terms is None else terms.promise.mode
+    recorder = None if config.out is None else Recorder(config)
+    keep = None if recorder is None else recorder.sample
+    sampler = Sampler(*config.base_urls, access=config.access, keep=keep)
     with contextlib.ExitStack() as stack:
         shelf = None
         if config.precompute:
@@ -103,6 +108,15 @@ def simulate(
         sampler.start()
         try:
             start_s = fleet.start()
+            if recorder is not None:
+                recorder.begin(
+                    model=target.model,
+                    mode=mode,
+                    rounds=rounds,
+                    group_size=rows,
+                    start_s=start_s,
+                    terms=terms,
+                )
             interrupted = fleet.follow(start_s, sampler, on_progress)
         finally:
             samples = sampler.stop()
@@ -110,34 +124,30 @@ def simulate(
     if not results:
         raise Unavailable(f"every shard of the fleet was lost: {_losses(lost, crew.size)}")
     whole = merged(results)
-    summary = summarise(
-        Run(
-            config=config,
-            model=target.model,
-            mode="echo" if terms is None else terms.promise.mode,
-            terms=terms,
-            offline=_add_offline([part.offline for part in results if part.offline is not None]),
-            rounds=rounds,
-            group_size=rows,
-            table=whole.table,
-            answered=whole.answered,
-            counters=whole.counters,
-            cpu_s=[part.cpu_s for part in results],
-            busy_ratios=[part.busy_ratio for part in results],
-            window_s=max(part.window_s for part in results),
-            elapsed_s=max(part.elapsed_s for part in results),
-            interrupted=interrupted,
-            start_s=start_s,
-            samples=samples,
-        )
+    run = Run(
+        config=config,
+        model=target.model,
+        mode=mode,
+        terms=terms,
+        offline=_add_offline([part.offline for part in results if part.offline is not None]),
+        rounds=rounds,
+        group_size=rows,
+        table=whole.table,
+        answered=whole.answered,
+        counters=whole.counters,
+        cpu_s=[part.cpu_s for part in results],
+        busy_ratios=[part.busy_ratio for part in results],
+        window_s=max(part.window_s for part in results),
+        elapsed_s=max(part.elapsed_s for part in results),
+        interrupted=interrupted,
+        start_s=start_s,
+        samples=samples,
+        start_error_s=crew.start_error_s,
+        fault=_losses(lost, crew.size) if lost else None,
     )
-    summary = dataclasses.replace(summary, start_error_s=crew.start_error_s)
-    if config.precompute:  # nothing was classified
-        summary = dataclasses.replace(
-            summary, stem="precomputed", accuracy_cloud=None, accuracy_local=None
-        )
-    if lost:
-        summary = dataclasses.replace(summary, valid=False, invalid_reason=_losses(lost, crew.size))
+    summary = summarise(run)
+    if recorder is not None:
+        recorder.end(run, summary)
     return summary
 
 
@@ -314,7 +324,7 @@ class _Fleet:
             return
         latest = list(self._latest.values())
         counters = _add([part.counters for part in latest])
-        lately = percentiles(np.array(self._latencies_s))
+        lately = observed(np.array(self._latencies_s))
         cloud = (
             use([s for s in sampler.samples if s.at_s > now - 3]) if sampler else Use(None, None)
         )
