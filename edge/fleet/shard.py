@@ -374,6 +374,7 @@ class Shard:
                 dtype=self.workload.dtype,
                 block=block,
                 deadline_s=left_s,
+                step=question.step,
             )
         return self.clock() - begun_s
 
