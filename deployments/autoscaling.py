@@ -1,0 +1,400 @@
+"""How many replicas: enough to hold a wait target, from what is offered and what batches cost.
+
+Replicas report what was offered to them (also what they refused), what their batches cost and how
+long the queue is in seconds (:mod:`deployments.load`). From that:
+
+    forecast    level of the offered rows per second, and its trend over the time a replica takes
+                to start; a burst is a new level at once
+    capacity    rows per second that one replica can sustain so that answers keep the wait target
+    target      up at once, in bounded steps, as soon as the forecast exceeds the capacity less its
+                headroom; down to the most that was needed within a window, and only where that
+                leaves a band below the threshold of the way up: so it never flaps
+    feedback    rows that wait longer than the target are to be caught up on; where the wait stays
+                over it although the figures say enough, the figures are corrected
+
+GPU utilisation says none of this: an engine that takes what waits is busy at a fraction of its
+capacity. Neither do ongoing requests: an open stream is one. Nothing here knows Ray, and the
+clock is passed in; :mod:`deployments.policy` is Serve's side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
+from typing import NamedTuple
+
+from datamix.errors import ConfigError
+
+_CATCH_UP_S = 10.0  # in which rows that wait too long are to be caught up on, at least
+_SAMPLE_S = 1.0  # between two samples of the offered rate
+_WINDOW_S = 60.0  # of samples kept at least, for the trend
+_LEVEL = 5  # samples in the level
+_BURST = 2  # samples in a row that are far above the level: a new level
+_DEVIATIONS = 4.0  # that are far, and by which a slope is not chance
+_QUANTILE, _TAIL = 2.33, 4.6  # the 99th percentile: normal in deviations, exponential in means
+_CORRECT, _MOST = 1.15, 4.0  # how the figures are corrected: at a time, and at most
+_SETTLE_S = 30.0  # after a change, before the next step down, and before a wait means anything
+_FORGET = 10.0  # windows until a correction has faded to 1/e
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the policy is to hold; ``policy_kwargs`` in `deployments/serve.yaml`.
+
+    Attributes:
+        wait_target_s: from a request's arrival at a replica to its answer, in seconds. It cannot be
+            held below two batches of one request.
+        headroom: share of a replica's sustainable rate that is kept free, from 0 to less than 1.
+        lead_s: how long a new replica takes from the decision to its first answer, in seconds, its
+            node's start included where there is none to spare.
+        up_ratio: target to grow to at most this many times itself per ``up_period_s``, or
+        up_replicas: by this many, whichever is more.
+        up_period_s: seconds between two steps up.
+        down_window_s: what was needed within so many seconds stays.
+        band: share of the forecast by which a smaller number must be able to do more.
+        idle_s: nothing offered for so many seconds: to zero, where ``min_replicas`` is 0.
+        stale_s: a replica that has not reported anew for so many seconds is unknown; the target
+            does not fall while one is.
+    """
+
+    wait_target_s: float = 0.25
+    headroom: float = 0.15
+    lead_s: float = 30.0
+    up_ratio: float = 4.0
+    up_replicas: int = 4
+    up_period_s: float = 5.0
+    down_window_s: float = 300.0
+    band: float = 0.1
+    idle_s: float = 600.0
+    stale_s: float = 15.0
+
+    def __post_init__(self) -> None:
+        """Check every number.
+
+        Raises:
+            ConfigError: one is not finite or out of its range.
+        """
+        for each in fields(self):
+            value = getattr(self, each.name)
+            least, below, words = _RANGES[each.name]
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{each.name} is {value!r}, expected a number")
+            if not least <= value < below:
+                raise ConfigError(f"{each.name} is {value}, expected {words}")
+
+
+_ZERO = (0.0, math.inf, "0 or more, finite")
+_SHARE = (0.0, 1.0, "0 or more and less than 1")
+_RANGES = {
+    "wait_target_s": (1e-6, math.inf, "more than 0, finite"),
+    "headroom": _SHARE,
+    "lead_s": _ZERO,
+    "up_ratio": (1.0, math.inf, "1 or more, finite"),
+    "up_replicas": (1, math.inf, "1 or more, finite"),
+    "up_period_s": _ZERO,
+    "down_window_s": _ZERO,
+    "band": _SHARE,
+    "idle_s": _ZERO,
+    "stale_s": (1e-6, math.inf, "more than 0, finite"),
+}
+
+
+class Report(NamedTuple):
+    """What one replica says of itself; the names are those of the metrics.
+
+    Attributes:
+        time_s: when, on the replica's clock; only compared with its own last.
+        predicted_wait_s: until all that waits or runs is computed, in seconds.
+        offered_rows_per_s: rows that were asked of it, refused ones included.
+        offered_requests_per_s: requests likewise.
+        round_s: fixed cost of a round, that is one batch of each block in use, in seconds.
+        row_s: cost of a row on top, in seconds.
+        round_rows: rows of a round at most; 0 where the costs are not known yet.
+    """
+
+    time_s: float
+    predicted_wait_s: float = 0.0
+    offered_rows_per_s: float = 0.0
+    offered_requests_per_s: float = 0.0
+    round_s: float = 0.0
+    row_s: float = 0.0
+    round_rows: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """All that one decision is made from.
+
+    Attributes:
+        now_s: seconds, monotonic from one decision to the next.
+        target: how many replicas were asked for last.
+        running: names of those that run.
+        reports: the newest report of each replica that has sent one.
+        min_replicas: the fewest allowed.
+        max_replicas: the most allowed.
+    """
+
+    now_s: float
+    target: int
+    running: Sequence[str]
+    reports: Mapping[str, Report]
+    min_replicas: int
+    max_replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is remembered from one decision to the next; starts empty.
+
+    Attributes:
+        noticed: per replica, the time of its newest report and when that was seen first.
+        samples: (time, offered rows per second) since the last burst, one a second at most.
+        needed: (time, replicas) that could not be done without, the most first.
+        capacity: rows per second that a replica can sustain, as last known; 0: never.
+        wait_s: what replicas predict as their wait, smoothed.
+        correction: by how much a row weighs more than the costs say.
+        raised_s: when the target went up last.
+        changed_s: when the target or the number of replicas changed last.
+        busy_s: when something was offered last.
+        now_s: when this was.
+        target: the decision; -1: there was none yet.
+        running: how many ran.
+    """
+
+    noticed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    samples: tuple[tuple[float, float], ...] = ()
+    needed: tuple[tuple[float, int], ...] = ()
+    capacity: float = 0.0
+    wait_s: float = 0.0
+    correction: float = 1.0
+    raised_s: float = -math.inf
+    changed_s: float = -math.inf
+    busy_s: float = -math.inf
+    now_s: float = -math.inf
+    target: int = -1
+    running: int = -1
+
+
+class Decision(NamedTuple):
+    """How many replicas, and why.
+
+    Attributes:
+        replicas: the target.
+        forecast_rows_per_s: what is expected to be offered in ``lead_s``, with what is to be
+            caught up on.
+        capacity_rows_per_s: what one replica is trusted with; 0: not known yet.
+    """
+
+    replicas: int
+    forecast_rows_per_s: float = 0.0
+    capacity_rows_per_s: float = 0.0
+
+
+def sustainable(report: Report, wait_s: float) -> float:
+    """Rows per second at which a replica answers within ``wait_s``, but for one request in 100.
+
+    What arrives waits for the round under way and goes with the next. A round holds what came in
+    the one before: ``rows = rate * round_s / (1 - rate * row_s)`` in the mean, and as each passes
+    on its length to the next, a share of ``rate * row_s`` of it, their sizes scatter by more than
+    the arrivals do. Where rounds are full, a queue builds up: in heavy traffic its wait is
+    exponential, with a mean of half a request's share of a full round over what is left of use.
+
+    Returns:
+        Rows per second; half of what rounds of one request can do where even these take too long,
+        since more replicas would be of no use, and 0 where costs are not known.
+    """
+    _, _, rows_per_s, requests_per_s, round_s, row_s, most = report
+    full_s = round_s + row_s * most
+    if most <= 0 or full_s <= 0:
+        return 0.0
+    request = min(max(1.0, rows_per_s / requests_per_s if requests_per_s > 0 else 1.0), most)
+    fastest = most / full_s
+
+    def wait(rate: float) -> float:
+        repeat = rate * row_s
+        rows = rate * round_s / (1 - repeat)
+        rows += _QUANTILE * math.sqrt(request * rows / (1 - repeat * repeat))
+        queue_s = _TAIL * full_s * request / (2 * most * (1 - rate / fastest))
+        return 2 * (round_s + row_s * min(max(rows, request), most)) + queue_s
+
+    least = request / (round_s + row_s * request) / 2
+    low, high = 0.0, fastest * 0.999
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if wait(middle) <= wait_s else (low, middle)
+    return max(low, least)
+
+
+def typical(reports: Sequence[Report]) -> Report:
+    """The mean of the replicas that know their costs; one of zeros where none does."""
+    known = [report for report in reports if report.round_rows > 0]
+    if not known:
+        return Report(0.0)
+    return Report(*(math.fsum(figures) / len(known) for figures in zip(*known, strict=True)))
+
+
+def forecast(samples: Sequence[tuple[float, float]], lead_s: float, least: float = 0.0) -> float:
+    """The offered rate in ``lead_s``: the level, and the trend where there is one upwards.
+
+    A trend counts where it is not chance, and is trusted as far ahead as it was seen to last. What
+    seems to fall is not expected to.
+
+    Args:
+        samples: (time, rate), in order, since the last burst.
+        lead_s: how far ahead, in seconds.
+        least: share of the level below which a rise does not count.
+    """
+    level = _level(samples)
+    count = len(samples)
+    if count < 2 * _LEVEL:
+        return level
+    middle = math.fsum(time for time, _ in samples) / count
+    mean = math.fsum(rate for _, rate in samples) / count
+    spread = math.fsum((time - middle) ** 2 for time, _ in samples)
+    slope = math.fsum((time - middle) * (rate - mean) for time, rate in samples) / spread
+    rest = math.fsum((rate - mean - slope * (time - middle)) ** 2 for time, rate in samples)
+    error = math.sqrt(rest / (count - 2) / spread)
+    first, last = samples[0][0], samples[-1][0]
+    # The level is behind by half of what it is the mean of.
+    rise = slope * (min(lead_s, last - first) + (last - samples[-_LEVEL][0]) / 2)
+    return level + rise if slope > _DEVIATIONS * error and rise > least * level else level
+
+
+def _level(samples: Sequence[tuple[float, float]]) -> float:
+    newest = samples[-_LEVEL:]
+    return math.fsum(rate for _, rate in newest) / len(newest) if newest else 0.0
+
+
+def decide(settings: Settings, state: State, seen: Observation) -> tuple[Decision, State]:
+    """Decide on the number of replicas, from what is seen and was remembered.
+
+    Returns:
+        The decision, within the bounds of ``seen``, and what to remember for the next.
+    """
+    now = seen.now_s
+    state = _notice(state, seen)
+    fresh = [
+        seen.reports[name]
+        for name, (_, noticed_s) in state.noticed.items()
+        if now - noticed_s < settings.stale_s
+    ]
+    complete = bool(fresh) and len(fresh) == len(seen.running)
+    state = _sample(settings, state, now, fresh, complete)
+    if (capacity := sustainable(typical(fresh), settings.wait_target_s)) > 0:
+        state = replace(state, capacity=capacity)
+    state = _correct(settings, state, seen, complete)
+
+    capacity = state.capacity * (1 - settings.headroom) / state.correction
+    late_rows = math.fsum(_late_rows(report, settings.wait_target_s) for report in fresh)
+    expected = forecast(state.samples, settings.lead_s, settings.band)
+    expected += late_rows / max(settings.lead_s, _CATCH_UP_S)
+    up = down = seen.target
+    if capacity > 0:
+        up = math.ceil(expected / capacity)
+        down = math.ceil(expected / capacity / (1 - settings.band))
+    if not complete:
+        down = max(down, seen.target)
+    state = replace(state, needed=_needed(state.needed, now, settings.down_window_s, down))
+
+    target = seen.target
+    if up > target and now - state.raised_s >= settings.up_period_s:
+        most = max(math.floor(target * settings.up_ratio), target + settings.up_replicas)
+        target = min(up, most)
+    elif state.needed[0][1] < target and now - state.changed_s >= _SETTLE_S:
+        target = state.needed[0][1]
+    if seen.target > 0:
+        idle = complete and now - state.busy_s >= settings.idle_s
+        target = 0 if idle else max(1, target)
+    target = max(seen.min_replicas, min(seen.max_replicas, target))
+    decision = Decision(target, expected, capacity)
+    return decision, replace(
+        state,
+        raised_s=now if target > seen.target else state.raised_s,
+        changed_s=now if target != seen.target else state.changed_s,
+        now_s=now,
+        target=target,
+    )
+
+
+def _notice(state: State, seen: Observation) -> State:
+    """When did each replica last say something new, and what did others change?"""
+    now = seen.now_s
+    noticed = {}
+    for name in seen.running:
+        report, before = seen.reports.get(name), state.noticed.get(name)
+        if report is not None:
+            new = before is None or report.time_s > before[0]
+            noticed[name] = (report.time_s, now) if new or before is None else before
+    state = replace(state, noticed=noticed)
+    if len(seen.running) != state.running or seen.target != state.target:
+        state = replace(state, running=len(seen.running), changed_s=now)
+    if seen.target > state.target:
+        # Whoever asked for so many, as Serve does at first and from zero, had a reason.
+        needed = _needed(state.needed, now, math.inf, seen.target)
+        state = replace(state, needed=needed, busy_s=now)
+    return state
+
+
+def _sample(
+    settings: Settings, state: State, now: float, fresh: Sequence[Report], complete: bool
+) -> State:
+    """Take in the offered rate and the wait, once a second."""
+    if not fresh:
+        return state
+    rate = math.fsum(report.offered_rows_per_s for report in fresh)
+    if rate > 0:
+        state = replace(state, busy_s=now)
+    samples = state.samples
+    if samples and now - samples[-1][0] < _SAMPLE_S * 0.999:
+        return state
+    if not complete and rate < _level(samples):
+        return state  # a part of it is missing
+    wait_s = math.fsum(report.predicted_wait_s for report in fresh) / len(fresh)
+    oldest = now - max(_WINDOW_S, settings.lead_s)
+    samples = (*(sample for sample in samples if sample[0] > oldest), (now, rate))
+    if _is_burst(samples, settings.band):
+        samples = samples[-_BURST:]
+    smoothed_s = state.wait_s + (wait_s - state.wait_s) / _LEVEL
+    return replace(state, samples=samples, wait_s=smoothed_s)
+
+
+def _is_burst(samples: Sequence[tuple[float, float]], least: float) -> bool:
+    """Whether the newest samples are all far above the level before them."""
+    before, newest = samples[:-_BURST], samples[-_BURST:]
+    if len(before) < _LEVEL:
+        return False
+    steps = [abs(later - earlier) for (_, earlier), (_, later) in pairwise(before)]
+    deviation = math.fsum(steps) / len(steps) * math.sqrt(math.pi) / 2
+    level = _level(before)
+    return min(rate for _, rate in newest) > level * (1 + least) + _DEVIATIONS * deviation
+
+
+def _correct(settings: Settings, state: State, seen: Observation, complete: bool) -> State:
+    """Believe the wait where it stays over the target although the figures say enough."""
+    now = seen.now_s
+    settled = complete and len(seen.running) >= seen.target and now - state.changed_s >= _SETTLE_S
+    if settled and state.wait_s > settings.wait_target_s and seen.target < seen.max_replicas:
+        more = min(_MOST, state.correction * _CORRECT)
+        return replace(state, correction=more, changed_s=now)
+    if state.wait_s < settings.wait_target_s / 2 and state.correction > 1 and state.now_s < now:
+        passed = (now - state.now_s) / max(_FORGET * settings.down_window_s, 1e-9)
+        return replace(state, correction=1 + (state.correction - 1) * math.exp(-passed))
+    return state
+
+
+def _late_rows(report: Report, wait_s: float) -> float:
+    """Rows in a replica's queue that the wait target is too short for."""
+    round_s = report.round_s + report.row_s * report.round_rows
+    if round_s <= 0:
+        return 0.0
+    return max(0.0, report.predicted_wait_s - wait_s) * report.round_rows / round_s
+
+
+def _needed(
+    needed: Sequence[tuple[float, int]], now: float, window_s: float, replicas: int
+) -> tuple[tuple[float, int], ...]:
+    """What was needed within the window, without what later needs exceed; the most first."""
+    kept = [(at, many) for at, many in needed if now - at <= window_s and many > replicas]
+    return (*kept, (now, replicas))
