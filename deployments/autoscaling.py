@@ -8,7 +8,8 @@ long the queue is in seconds (:mod:`deployments.load`). From that:
     capacity    rows per second that one replica can sustain so that answers keep the wait target
     target      up at once, in bounded steps, as soon as the forecast exceeds the capacity less its
                 headroom; down to the most that was needed within a window, and only where that
-                leaves a band below the threshold of the way up: so it never flaps
+                leaves a band below the threshold of the way up: so it never flaps. Where bursts
+                came, a share of their height stays for longer
     feedback    rows that wait longer than the target are to be caught up on; where the wait stays
                 over it although the figures say enough, the figures are corrected
 
@@ -22,20 +23,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
 from typing import NamedTuple
 
 from datamix.errors import ConfigError
+from deployments.capacity import Report, sustainable, typical
+from deployments.forecast import BURST, forecast, is_burst, level_of
 
 _CATCH_UP_S = 10.0  # in which rows that wait too long are to be caught up on, at least
 _SAMPLE_S = 1.0  # between two samples of the offered rate
 _WINDOW_S = 60.0  # of samples kept at least, for the trend
-_LEVEL = 5  # samples in the level
-_BURST = 2  # samples in a row that are far above the level: a new level
-_DEVIATIONS = 4.0  # that are far, and by which a slope is not chance
-_QUANTILE, _TAIL = 2.33, 4.6  # the 99th percentile: normal in deviations, exponential in means
+_BURST_S = 60.0  # after the beginning of a burst, in which it rises to its height
+_SMOOTH = 5  # samples of the wait
 _CORRECT, _MOST = 1.15, 4.0  # how the figures are corrected: at a time, and at most
-_SETTLE_S = 30.0  # after a change, before the next step down, and before a wait means anything
 _FORGET = 10.0  # windows until a correction has faded to 1/e
 
 
@@ -49,10 +48,15 @@ class Settings:
         headroom: share of a replica's sustainable rate that is kept free, from 0 to less than 1.
         lead_s: how long a new replica takes from the decision to its first answer, in seconds, its
             node's start included where there is none to spare.
-        up_ratio: target to grow to at most this many times itself per ``up_period_s``, or
+        up_ratio: the target grows to at most this many times itself per ``up_period_s``, or
         up_replicas: by this many, whichever is more.
-        up_period_s: seconds between two steps up.
+        up_period_s: seconds, from the first step up on.
+        settle_s: seconds after a change until the next step down, and until the wait is believed:
+            streams move for as long (``rotate_streams_within_s``).
         down_window_s: what was needed within so many seconds stays.
+        burst_share: where the load has jumped, so much of what it jumped to stays covered, from
+            0 to 1: bursts that nobody foresees tend to come again.
+        burst_window_s: for so many seconds.
         band: share of the forecast by which a smaller number must be able to do more.
         idle_s: nothing offered for so many seconds: to zero, where ``min_replicas`` is 0.
         stale_s: a replica that has not reported anew for so many seconds is unknown; the target
@@ -65,7 +69,10 @@ class Settings:
     up_ratio: float = 4.0
     up_replicas: int = 4
     up_period_s: float = 5.0
-    down_window_s: float = 300.0
+    settle_s: float = 60.0
+    down_window_s: float = 120.0
+    burst_share: float = 0.75
+    burst_window_s: float = 1800.0
     band: float = 0.1
     idle_s: float = 600.0
     stale_s: float = 15.0
@@ -94,33 +101,14 @@ _RANGES = {
     "up_ratio": (1.0, math.inf, "1 or more, finite"),
     "up_replicas": (1, math.inf, "1 or more, finite"),
     "up_period_s": _ZERO,
+    "settle_s": _ZERO,
     "down_window_s": _ZERO,
+    "burst_share": (0.0, math.nextafter(1.0, 2.0), "0 to 1"),
+    "burst_window_s": _ZERO,
     "band": _SHARE,
     "idle_s": _ZERO,
     "stale_s": (1e-6, math.inf, "more than 0, finite"),
 }
-
-
-class Report(NamedTuple):
-    """What one replica says of itself; the names are those of the metrics.
-
-    Attributes:
-        time_s: when, on the replica's clock; only compared with its own last.
-        predicted_wait_s: until all that waits or runs is computed, in seconds.
-        offered_rows_per_s: rows that were asked of it, refused ones included.
-        offered_requests_per_s: requests likewise.
-        round_s: fixed cost of a round, that is one batch of each block in use, in seconds.
-        row_s: cost of a row on top, in seconds.
-        round_rows: rows of a round at most; 0 where the costs are not known yet.
-    """
-
-    time_s: float
-    predicted_wait_s: float = 0.0
-    offered_rows_per_s: float = 0.0
-    offered_requests_per_s: float = 0.0
-    round_s: float = 0.0
-    row_s: float = 0.0
-    round_rows: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +132,9 @@ class Observation:
     max_replicas: int
 
 
+Steps = tuple[tuple[float, float], ...]  # (time, value), later ones lower
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """What is remembered from one decision to the next; starts empty.
@@ -152,10 +143,13 @@ class State:
         noticed: per replica, the time of its newest report and when that was seen first.
         samples: (time, offered rows per second) since the last burst, one a second at most.
         needed: (time, replicas) that could not be done without, the most first.
+        bursts: (time, rows per second) that bursts went up to, the highest first.
+        burst_s: when the last burst began.
         capacity: rows per second that a replica can sustain, as last known; 0: never.
         wait_s: what replicas predict as their wait, smoothed.
         correction: by how much a row weighs more than the costs say.
-        raised_s: when the target went up last.
+        raised_s: when the current period of steps up began.
+        raised_from: the target at its beginning.
         changed_s: when the target or the number of replicas changed last.
         busy_s: when something was offered last.
         now_s: when this was.
@@ -165,11 +159,14 @@ class State:
 
     noticed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     samples: tuple[tuple[float, float], ...] = ()
-    needed: tuple[tuple[float, int], ...] = ()
+    needed: Steps = ()
+    bursts: Steps = ()
+    burst_s: float = -math.inf
     capacity: float = 0.0
     wait_s: float = 0.0
     correction: float = 1.0
     raised_s: float = -math.inf
+    raised_from: int = 0
     changed_s: float = -math.inf
     busy_s: float = -math.inf
     now_s: float = -math.inf
@@ -190,81 +187,6 @@ class Decision(NamedTuple):
     replicas: int
     forecast_rows_per_s: float = 0.0
     capacity_rows_per_s: float = 0.0
-
-
-def sustainable(report: Report, wait_s: float) -> float:
-    """Rows per second at which a replica answers within ``wait_s``, but for one request in 100.
-
-    What arrives waits for the round under way and goes with the next. A round holds what came in
-    the one before: ``rows = rate * round_s / (1 - rate * row_s)`` in the mean, and as each passes
-    on its length to the next, a share of ``rate * row_s`` of it, their sizes scatter by more than
-    the arrivals do. Where rounds are full, a queue builds up: in heavy traffic its wait is
-    exponential, with a mean of half a request's share of a full round over what is left of use.
-
-    Returns:
-        Rows per second; half of what rounds of one request can do where even these take too long,
-        since more replicas would be of no use, and 0 where costs are not known.
-    """
-    _, _, rows_per_s, requests_per_s, round_s, row_s, most = report
-    full_s = round_s + row_s * most
-    if most <= 0 or full_s <= 0:
-        return 0.0
-    request = min(max(1.0, rows_per_s / requests_per_s if requests_per_s > 0 else 1.0), most)
-    fastest = most / full_s
-
-    def wait(rate: float) -> float:
-        repeat = rate * row_s
-        rows = rate * round_s / (1 - repeat)
-        rows += _QUANTILE * math.sqrt(request * rows / (1 - repeat * repeat))
-        queue_s = _TAIL * full_s * request / (2 * most * (1 - rate / fastest))
-        return 2 * (round_s + row_s * min(max(rows, request), most)) + queue_s
-
-    least = request / (round_s + row_s * request) / 2
-    low, high = 0.0, fastest * 0.999
-    for _ in range(20):
-        middle = (low + high) / 2
-        low, high = (middle, high) if wait(middle) <= wait_s else (low, middle)
-    return max(low, least)
-
-
-def typical(reports: Sequence[Report]) -> Report:
-    """The mean of the replicas that know their costs; one of zeros where none does."""
-    known = [report for report in reports if report.round_rows > 0]
-    if not known:
-        return Report(0.0)
-    return Report(*(math.fsum(figures) / len(known) for figures in zip(*known, strict=True)))
-
-
-def forecast(samples: Sequence[tuple[float, float]], lead_s: float, least: float = 0.0) -> float:
-    """The offered rate in ``lead_s``: the level, and the trend where there is one upwards.
-
-    A trend counts where it is not chance, and is trusted as far ahead as it was seen to last. What
-    seems to fall is not expected to.
-
-    Args:
-        samples: (time, rate), in order, since the last burst.
-        lead_s: how far ahead, in seconds.
-        least: share of the level below which a rise does not count.
-    """
-    level = _level(samples)
-    count = len(samples)
-    if count < 2 * _LEVEL:
-        return level
-    middle = math.fsum(time for time, _ in samples) / count
-    mean = math.fsum(rate for _, rate in samples) / count
-    spread = math.fsum((time - middle) ** 2 for time, _ in samples)
-    slope = math.fsum((time - middle) * (rate - mean) for time, rate in samples) / spread
-    rest = math.fsum((rate - mean - slope * (time - middle)) ** 2 for time, rate in samples)
-    error = math.sqrt(rest / (count - 2) / spread)
-    first, last = samples[0][0], samples[-1][0]
-    # The level is behind by half of what it is the mean of.
-    rise = slope * (min(lead_s, last - first) + (last - samples[-_LEVEL][0]) / 2)
-    return level + rise if slope > _DEVIATIONS * error and rise > least * level else level
-
-
-def _level(samples: Sequence[tuple[float, float]]) -> float:
-    newest = samples[-_LEVEL:]
-    return math.fsum(rate for _, rate in newest) / len(newest) if newest else 0.0
 
 
 def decide(settings: Settings, state: State, seen: Observation) -> tuple[Decision, State]:
@@ -294,16 +216,22 @@ def decide(settings: Settings, state: State, seen: Observation) -> tuple[Decisio
     if capacity > 0:
         up = math.ceil(expected / capacity)
         down = math.ceil(expected / capacity / (1 - settings.band))
+        reserve = settings.burst_share * _highest(state.bursts, now - settings.burst_window_s)
+        down = max(down, math.ceil(reserve / state.capacity))
     if not complete:
         down = max(down, seen.target)
-    state = replace(state, needed=_needed(state.needed, now, settings.down_window_s, down))
+    state = replace(state, needed=_stack(state.needed, now, settings.down_window_s, down))
 
     target = seen.target
-    if up > target and now - state.raised_s >= settings.up_period_s:
-        most = max(math.floor(target * settings.up_ratio), target + settings.up_replicas)
+    if now - state.raised_s >= settings.up_period_s:
+        state = replace(state, raised_from=target)
+    most = max(
+        math.floor(state.raised_from * settings.up_ratio), state.raised_from + settings.up_replicas
+    )
+    if up > target and most > target:
         target = min(up, most)
-    elif state.needed[0][1] < target and now - state.changed_s >= _SETTLE_S:
-        target = state.needed[0][1]
+    elif state.needed[0][1] < target and now - state.changed_s >= settings.settle_s:
+        target = int(state.needed[0][1])
     if seen.target > 0:
         idle = complete and now - state.busy_s >= settings.idle_s
         target = 0 if idle else max(1, target)
@@ -311,7 +239,9 @@ def decide(settings: Settings, state: State, seen: Observation) -> tuple[Decisio
     decision = Decision(target, expected, capacity)
     return decision, replace(
         state,
-        raised_s=now if target > seen.target else state.raised_s,
+        raised_s=now
+        if target > seen.target and state.raised_from == seen.target
+        else (state.raised_s),
         changed_s=now if target != seen.target else state.changed_s,
         now_s=now,
         target=target,
@@ -332,7 +262,7 @@ def _notice(state: State, seen: Observation) -> State:
         state = replace(state, running=len(seen.running), changed_s=now)
     if seen.target > state.target:
         # Whoever asked for so many, as Serve does at first and from zero, had a reason.
-        needed = _needed(state.needed, now, math.inf, seen.target)
+        needed = _stack(state.needed, now, math.inf, seen.target)
         state = replace(state, needed=needed, busy_s=now)
     return state
 
@@ -349,32 +279,27 @@ def _sample(
     samples = state.samples
     if samples and now - samples[-1][0] < _SAMPLE_S * 0.999:
         return state
-    if not complete and rate < _level(samples):
+    if not complete and rate < level_of(samples):
         return state  # a part of it is missing
     wait_s = math.fsum(report.predicted_wait_s for report in fresh) / len(fresh)
     oldest = now - max(_WINDOW_S, settings.lead_s)
     samples = (*(sample for sample in samples if sample[0] > oldest), (now, rate))
-    if _is_burst(samples, settings.band):
-        samples = samples[-_BURST:]
-    smoothed_s = state.wait_s + (wait_s - state.wait_s) / _LEVEL
-    return replace(state, samples=samples, wait_s=smoothed_s)
-
-
-def _is_burst(samples: Sequence[tuple[float, float]], least: float) -> bool:
-    """Whether the newest samples are all far above the level before them."""
-    before, newest = samples[:-_BURST], samples[-_BURST:]
-    if len(before) < _LEVEL:
-        return False
-    steps = [abs(later - earlier) for (_, earlier), (_, later) in pairwise(before)]
-    deviation = math.fsum(steps) / len(steps) * math.sqrt(math.pi) / 2
-    level = _level(before)
-    return min(rate for _, rate in newest) > level * (1 + least) + _DEVIATIONS * deviation
+    bursts, burst_s = state.bursts, state.burst_s
+    if is_burst(samples, settings.band):
+        samples = samples[-BURST:]
+        burst_s = now
+    if now - burst_s <= _BURST_S:
+        bursts = _stack(bursts, now, settings.burst_window_s, level_of(samples))
+    smoothed_s = state.wait_s + (wait_s - state.wait_s) / _SMOOTH
+    return replace(state, samples=samples, bursts=bursts, burst_s=burst_s, wait_s=smoothed_s)
 
 
 def _correct(settings: Settings, state: State, seen: Observation, complete: bool) -> State:
     """Believe the wait where it stays over the target although the figures say enough."""
     now = seen.now_s
-    settled = complete and len(seen.running) >= seen.target and now - state.changed_s >= _SETTLE_S
+    settled = (
+        complete and len(seen.running) >= seen.target and now - state.changed_s >= settings.settle_s
+    )
     if settled and state.wait_s > settings.wait_target_s and seen.target < seen.max_replicas:
         more = min(_MOST, state.correction * _CORRECT)
         return replace(state, correction=more, changed_s=now)
@@ -392,9 +317,11 @@ def _late_rows(report: Report, wait_s: float) -> float:
     return max(0.0, report.predicted_wait_s - wait_s) * report.round_rows / round_s
 
 
-def _needed(
-    needed: Sequence[tuple[float, int]], now: float, window_s: float, replicas: int
-) -> tuple[tuple[float, int], ...]:
-    """What was needed within the window, without what later needs exceed; the most first."""
-    kept = [(at, many) for at, many in needed if now - at <= window_s and many > replicas]
-    return (*kept, (now, replicas))
+def _stack(steps: Steps, now: float, window_s: float, value: float) -> Steps:
+    """The values within the window, without those that a later one reaches; the highest first."""
+    kept = [(at, each) for at, each in steps if now - at <= window_s and each > value]
+    return (*kept, (now, value))
+
+
+def _highest(steps: Steps, since_s: float) -> float:
+    return next((value for at, value in steps if at >= since_s), 0.0)

@@ -35,7 +35,7 @@ class Load:
         self._marks = deque([_Mark(clock(), Counter(), 0)])
 
     def report(self, models: Iterable[ServedModel]) -> dict[str, float]:
-        """The figures by name, all of them floats; see :class:`deployments.autoscaling.Report`."""
+        """The figures by name, all of them floats; see :class:`deployments.capacity.Report`."""
         models = list(models)
         now = self._clock()
         rows = Counter(

@@ -12,7 +12,8 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from datamix.errors import ConfigError
-from deployments.autoscaling import Observation, Report, Settings, State, decide
+from deployments.autoscaling import Observation, Settings, State, decide
+from deployments.capacity import Report
 
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
