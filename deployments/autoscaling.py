@@ -32,6 +32,7 @@ from deployments.forecast import BURST, forecast, is_burst, level_of
 _CATCH_UP_S = 10.0  # in which rows that wait too long are to be caught up on, at least
 _SAMPLE_S = 1.0  # between two samples of the offered rate
 _WINDOW_S = 60.0  # of samples kept at least, for the trend
+_LOWER_S = 15.0  # between two steps down
 _BURST_S = 60.0  # after the beginning of a burst, in which it rises to its height
 _SMOOTH = 5  # samples of the wait
 _CORRECT, _MOST = 1.15, 4.0  # how the figures are corrected: at a time, and at most
@@ -51,8 +52,8 @@ class Settings:
         up_ratio: the target grows to at most this many times itself per ``up_period_s``, or
         up_replicas: by this many, whichever is more.
         up_period_s: seconds, from the first step up on.
-        settle_s: seconds after a change until the next step down, and until the wait is believed:
-            streams move for as long (``rotate_streams_within_s``).
+        settle_s: seconds after a change until the wait says something about the figures: streams
+            move for as long (``rotate_streams_within_s``).
         down_window_s: what was needed within so many seconds stays.
         burst_share: where the load has jumped, so much of what it jumped to stays covered, from
             0 to 1: bursts that nobody foresees tend to come again.
@@ -150,6 +151,7 @@ class State:
         correction: by how much a row weighs more than the costs say.
         raised_s: when the current period of steps up began.
         raised_from: the target at its beginning.
+        lowered_s: when the target went down last.
         changed_s: when the target or the number of replicas changed last.
         busy_s: when something was offered last.
         now_s: when this was.
@@ -167,6 +169,7 @@ class State:
     correction: float = 1.0
     raised_s: float = -math.inf
     raised_from: int = 0
+    lowered_s: float = -math.inf
     changed_s: float = -math.inf
     busy_s: float = -math.inf
     now_s: float = -math.inf
@@ -230,7 +233,7 @@ def decide(settings: Settings, state: State, seen: Observation) -> tuple[Decisio
     )
     if up > target and most > target:
         target = min(up, most)
-    elif state.needed[0][1] < target and now - state.changed_s >= settings.settle_s:
+    elif state.needed[0][1] < target and now - state.lowered_s >= _LOWER_S:
         target = int(state.needed[0][1])
     if seen.target > 0:
         idle = complete and now - state.busy_s >= settings.idle_s
@@ -242,6 +245,7 @@ def decide(settings: Settings, state: State, seen: Observation) -> tuple[Decisio
         raised_s=now
         if target > seen.target and state.raised_from == seen.target
         else (state.raised_s),
+        lowered_s=now if target < seen.target else state.lowered_s,
         changed_s=now if target != seen.target else state.changed_s,
         now_s=now,
         target=target,

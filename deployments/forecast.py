@@ -12,6 +12,7 @@ from itertools import pairwise
 Samples = Sequence[tuple[float, float]]
 
 LEVEL = 5  # samples in the level
+_TREND = 20  # samples without which there is no trend: in the rise of a burst there is none
 BURST = 2  # samples in a row that are far above the level: a new level
 _DEVIATIONS = 4.0  # that are far, and by which a slope is not chance
 
@@ -19,28 +20,36 @@ _DEVIATIONS = 4.0  # that are far, and by which a slope is not chance
 def forecast(samples: Samples, lead_s: float, least: float = 0.0) -> float:
     """The offered rate in ``lead_s``: the level, and the trend where there is one upwards.
 
-    A trend counts where it is not chance, and is trusted as far ahead as it was seen to last. What
-    seems to fall is not expected to.
+    A trend counts where it is not chance and still goes on, and is trusted as far ahead as it was
+    seen to last. What seems to fall is not expected to.
 
     Args:
         samples: (time, rate), in order, since the last burst.
         lead_s: how far ahead, in seconds.
         least: share of the level below which a rise does not count.
     """
-    level = level_of(samples)
-    count = len(samples)
-    if count < 2 * LEVEL:
+    level, count = level_of(samples), len(samples)
+    if count < _TREND:
         return level
+    slope, error = _slope(samples)
+    if slope <= _DEVIATIONS * error:
+        return level
+    slope = min(slope, _slope(samples[count // 2 :])[0])
+    first, last = samples[0][0], samples[-1][0]
+    # The level is behind by half of what it is the mean of.
+    rise = slope * (min(lead_s, last - first) + (last - samples[-LEVEL][0]) / 2)
+    return level + rise if rise > least * level else level
+
+
+def _slope(samples: Samples) -> tuple[float, float]:
+    """Least squares: the rise per second, and its standard error."""
+    count = len(samples)
     middle = math.fsum(time for time, _ in samples) / count
     mean = math.fsum(rate for _, rate in samples) / count
     spread = math.fsum((time - middle) ** 2 for time, _ in samples)
     slope = math.fsum((time - middle) * (rate - mean) for time, rate in samples) / spread
     rest = math.fsum((rate - mean - slope * (time - middle)) ** 2 for time, rate in samples)
-    error = math.sqrt(rest / (count - 2) / spread)
-    first, last = samples[0][0], samples[-1][0]
-    # The level is behind by half of what it is the mean of.
-    rise = slope * (min(lead_s, last - first) + (last - samples[-LEVEL][0]) / 2)
-    return level + rise if slope > _DEVIATIONS * error and rise > least * level else level
+    return slope, math.sqrt(rest / (count - 2) / spread)
 
 
 def level_of(samples: Samples) -> float:

@@ -28,7 +28,7 @@ AUTOSCALING: dict[str, Any] = {
         "policy_kwargs": {
             "wait_target_s": 0.6,
             "lead_s": 5,
-            "down_window_s": 4,
+            "down_window_s": 5,
             "settle_s": 3,
             "burst_share": 0,
         },
@@ -65,7 +65,7 @@ def main() -> None:
         before = None
         while not ended.wait(0.25):
             deployment = serve.status().applications[APPLICATION].deployments["Backbone"]
-            states = {state.value: count for state, count in deployment.replica_states.items()}
+            states = {str(state): count for state, count in deployment.replica_states.items()}
             if states != before:
                 say(at_s=time.monotonic(), **states)
                 before = states
