@@ -61,7 +61,12 @@ def main() -> None:
         wait_ready(url, 60)
         say(url=url, address=address)
         ended = threading.Event()
-        threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+
+        def wait() -> None:
+            sys.stdin.read()
+            ended.set()
+
+        threading.Thread(target=wait, daemon=True).start()
         before = None
         while not ended.wait(0.25):
             deployment = serve.status().applications[APPLICATION].deployments["Backbone"]
