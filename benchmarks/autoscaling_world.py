@@ -192,7 +192,7 @@ def simulate(
         requests = np.array([rate[second] for rate in rates], np.float32)[:, None] * shares * step
         mean, deviation = requests * plan.request_rows, np.sqrt(requests) * plan.request_rows
         came, refused = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        busy, computed = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        busy_s, computed = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         for _ in range(STEPS):
             place = int(places.integers(_NOISE - size))
             rows = noise[place : place + size].reshape(shape) * deviation
@@ -205,13 +205,14 @@ def simulate(
             refused += over
             queue -= over
             np.maximum(queue, 0, out=queue)
-            busy += left_s > 0
             left_s -= step
             taken = np.minimum(queue, full)
             taken *= (left_s <= 0) & (taken >= 1)
             begins = taken > 0
             np.maximum(left_s, -step, out=left_s)
-            left_s += begins * a_s + taken * b_s
+            cost_s = begins * a_s + taken * b_s
+            left_s += cost_s
+            busy_s += cost_s
             queue -= taken
             computed += taken
             running *= left_s > 0
@@ -229,7 +230,7 @@ def simulate(
         )
         ongoing = (queue + running) / plan.request_rows
         active = computed * plan.b_s
-        busy /= STEPS
+        busy = np.minimum(busy_s, 1)
         for cluster, policy in enumerate(policies):
             (up,) = np.nonzero(world.ready_s[cluster] <= now_s)
             before = int(world.target[cluster])
