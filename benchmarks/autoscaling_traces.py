@@ -39,15 +39,15 @@ def diurnal(seed: int) -> Trace:
 
 
 def burst(seed: int) -> Trace:
-    """Two hours with about a dozen bursts."""
+    """Two and a half hours with about fifteen bursts."""
     rng = np.random.default_rng((seed, 2))
-    load = np.full(7200, PEAK * 0.25)
+    load = np.full(9000, PEAK * 0.25)
     start = rng.uniform(120, 360)
-    while start < 7100:
+    while start < 8900:
         height = PEAK * rng.uniform(0.5, 0.75)
         rise, hold, fall = rng.uniform(2, 20), rng.uniform(60, 240), rng.uniform(10, 60)
         points = np.cumsum([start, rise, hold, fall])
-        load += np.interp(np.arange(7200), points, [0, height, height, 0], left=0, right=0)
+        load += np.interp(np.arange(9000), points, [0, height, height, 0], left=0, right=0)
         start = points[-1] + rng.exponential(300) + 60
     return _noisy(load, rng)
 

@@ -157,6 +157,8 @@ def simulate(
     policies: Sequence[Policy],
     seed: int,
     first: Sequence[int],
+    *,
+    skip_s: int = 0,
     watch: Callable[[int, npt.NDArray[np.int64]], None] = lambda second, targets: None,
 ) -> list[Outcome]:
     """Run one policy per trace, all of them side by side.
@@ -167,6 +169,7 @@ def simulate(
         policies: per cluster, who decides.
         seed: of the noise.
         first: per cluster, replicas that run at the start.
+        skip_s: so many seconds pass before anything is counted.
         watch: called every second with the targets.
     """
     if plan.deadline_s < 2 * plan.full_s:
@@ -220,9 +223,10 @@ def simulate(
         # Those that left finish what they have; nobody counts on them.
         alone = world.ready_s.min(axis=1) > now_s
         asked = np.array([rate[second] for rate in rates]) * plan.request_rows
-        offered += asked
-        missed += np.where(alone, asked, refused.sum(axis=1))
-        replica_s += world.target
+        if second >= skip_s:
+            offered += asked
+            missed += np.where(alone, asked, refused.sum(axis=1))
+            replica_s += world.target
         waits = (
             left_s.clip(0)
             + queue / full * (plan.full_s - plan.a_s)
@@ -249,7 +253,7 @@ def simulate(
             target = max(1, min(plan.max_replicas, target))
             if target != before:
                 world.scale(cluster, target, now_s + 1.0)
-                changes[cluster] += 1
+                changes[cluster] += second >= skip_s
         np.maximum(most, world.target, out=most)
         watch(second, world.target)
     return [

@@ -72,7 +72,7 @@ class Settings:
     up_period_s: float = 5.0
     settle_s: float = 60.0
     down_window_s: float = 120.0
-    burst_share: float = 0.75
+    burst_share: float = 1.0
     burst_window_s: float = 1800.0
     band: float = 0.1
     idle_s: float = 600.0

@@ -118,7 +118,7 @@ def test_what_was_needed_within_the_window_stays() -> None:
 
 
 def test_of_a_burst_a_share_stays_for_longer() -> None:
-    patient = Settings(wait_target_s=0.75, down_window_s=50, settle_s=10, burst_window_s=600)
+    patient = Settings(wait_target_s=0.75, down_window_s=50, burst_share=0.75, burst_window_s=600)
     world = World(patient, target=5)
     world.run(60, 3000)
     world.run(90, 12_000)
