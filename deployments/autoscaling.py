@@ -32,6 +32,7 @@ from deployments.forecast import BURST, forecast, is_burst, level_of
 _CATCH_UP_S = 10.0  # in which rows that wait too long are to be caught up on, at least
 _SAMPLE_S = 1.0  # between two samples of the offered rate
 _WINDOW_S = 60.0  # of samples kept at least, for the trend
+_ABSURD = 1e15  # a replica whose figures are negative, this large or no numbers is unknown
 _LOWER_S = 15.0  # between two steps down
 _BURST_S = 60.0  # after the beginning of a burst, in which it rises to its height
 _SMOOTH = 5  # samples of the wait
@@ -216,11 +217,12 @@ def decide(settings: Settings, state: State, seen: Observation) -> tuple[Decisio
     expected = forecast(state.samples, settings.lead_s, settings.band)
     expected += late_rows / max(settings.lead_s, _CATCH_UP_S)
     up = down = seen.target
+    most = float(seen.max_replicas)
     if capacity > 0:
-        up = math.ceil(expected / capacity)
-        down = math.ceil(expected / capacity / (1 - settings.band))
+        up = math.ceil(min(most, expected / capacity))
+        down = math.ceil(min(most, expected / capacity / (1 - settings.band)))
         reserve = settings.burst_share * _highest(state.bursts, now - settings.burst_window_s)
-        down = max(down, math.ceil(reserve / state.capacity))
+        down = max(down, math.ceil(min(most, reserve / state.capacity)))
     if not complete:
         down = max(down, seen.target)
     state = replace(state, needed=_stack(state.needed, now, settings.down_window_s, down))
@@ -228,11 +230,10 @@ def decide(settings: Settings, state: State, seen: Observation) -> tuple[Decisio
     target = seen.target
     if now - state.raised_s >= settings.up_period_s:
         state = replace(state, raised_from=target)
-    most = max(
-        math.floor(state.raised_from * settings.up_ratio), state.raised_from + settings.up_replicas
-    )
-    if up > target and most > target:
-        target = min(up, most)
+    before = state.raised_from
+    bound = max(int(min(before * settings.up_ratio, most)), before + int(settings.up_replicas))
+    if up > target and bound > target:
+        target = min(up, bound)
     elif state.needed[0][1] < target and now - state.lowered_s >= _LOWER_S:
         target = int(state.needed[0][1])
     if seen.target > 0:
@@ -242,9 +243,7 @@ def decide(settings: Settings, state: State, seen: Observation) -> tuple[Decisio
     decision = Decision(target, expected, capacity)
     return decision, replace(
         state,
-        raised_s=now
-        if target > seen.target and state.raised_from == seen.target
-        else (state.raised_s),
+        raised_s=now if target > seen.target == state.raised_from else state.raised_s,
         lowered_s=now if target < seen.target else state.lowered_s,
         changed_s=now if target != seen.target else state.changed_s,
         now_s=now,
@@ -258,7 +257,7 @@ def _notice(state: State, seen: Observation) -> State:
     noticed = {}
     for name in seen.running:
         report, before = seen.reports.get(name), state.noticed.get(name)
-        if report is not None:
+        if report is not None and all(0 <= figure < _ABSURD for figure in report[1:]):
             new = before is None or report.time_s > before[0]
             noticed[name] = (report.time_s, now) if new or before is None else before
     state = replace(state, noticed=noticed)

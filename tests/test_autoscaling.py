@@ -200,6 +200,20 @@ def test_old_reports_that_are_sent_again_are_stale() -> None:
         assert decision.replicas == 5
 
 
+@pytest.mark.parametrize("figure", [math.nan, math.inf, -1.0, 1e300])
+@pytest.mark.parametrize("place", range(1, 7))
+def test_a_replica_with_figures_that_cannot_be_is_unknown(figure: float, place: int) -> None:
+    good = Report(0.0, 0.1, 400.0, 100.0, *COST)
+    figures = list(good)
+    figures[place] = figure
+    state = State()
+    for second in range(300):
+        reports = {"a": good._replace(time_s=second), "b": Report(second, *figures[1:])}
+        seen = Observation(float(second), 5, ["a", "b"], reports, 1, 64)
+        decision, state = decide(QUICK, state, seen)
+        assert decision.replicas == 5
+
+
 def test_a_dead_replica_is_not_waited_for() -> None:
     world = settled()
     before = world.target
