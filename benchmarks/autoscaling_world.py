@@ -9,7 +9,7 @@ started. Arrivals scatter as a Poisson process would (normal approximation); row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -159,7 +159,6 @@ def simulate(
     first: Sequence[int],
     *,
     skip_s: int = 0,
-    watch: Callable[[int, npt.NDArray[np.int64]], None] = lambda second, targets: None,
 ) -> list[Outcome]:
     """Run one policy per trace, all of them side by side.
 
@@ -170,7 +169,6 @@ def simulate(
         seed: of the noise.
         first: per cluster, replicas that run at the start.
         skip_s: so many seconds pass before anything is counted.
-        watch: called every second with the targets.
     """
     if plan.deadline_s < 2 * plan.full_s:
         raise ValueError(
@@ -255,7 +253,6 @@ def simulate(
                 world.scale(cluster, target, now_s + 1.0)
                 changes[cluster] += second >= skip_s
         np.maximum(most, world.target, out=most)
-        watch(second, world.target)
     return [
         Outcome(
             float(missed[i] / offered[i]),
