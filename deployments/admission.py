@@ -65,6 +65,8 @@ class Admission:
     ) -> Job:
         """Check and queue one request, in whichever protocol it came."""
         model.check(request)
+        model.offered_requests += 1
+        model.offered_rows[request.block] += request.rows
         deadline_s = request.deadline_s
         job = Job(
             block=request.block,

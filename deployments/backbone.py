@@ -22,6 +22,7 @@ from datamix.errors import DataMixError
 from deployments import oip, websocket
 from deployments.catalog import Catalog
 from deployments.config import Config
+from deployments.load import Load
 from deployments.metrics import Backend, RayBackend, Traffic, TrafficRecorder
 from deployments.peers import Peers, RayPeers, announce
 from deployments.protocol import Protocol
@@ -73,6 +74,7 @@ class Backbone:
         self.expander = Expander(config, loop, self.clock)
         self.streams = Streams(config, self.traffic, self.tokens, self.clock)
         self.streams.start()
+        self._load = Load(self.clock)
         self._replica = secrets.token_hex(4)
         self._started = self.clock()
         self._tasks = [loop.create_task(self._publish()), loop.create_task(self._follow())]
@@ -96,6 +98,10 @@ class Backbone:
         await asyncio.gather(
             *(model.batcher.probe(self.config.health_timeout_s) for model in self.catalog)
         )
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell Ray's controller what the autoscaling policy needs; every second or so."""
+        return self._load.report(self.catalog)
 
     async def close(self, timeout_s: float = 10.0) -> None:
         """Drain: refuse new requests, answer the waiting ones, stop the engines' threads.

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from math import inf
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,14 @@ from deployments.waiting import Computed, Job, Queue, Timing
 logger = logging.getLogger(__name__)
 
 Results = list[tuple[Job, Computed | DataMixError]]
+
+
+class BatchCost(NamedTuple):
+    """A batch takes ``a_s + b_s`` times its rows in seconds, and has ``rows`` at most."""
+
+    a_s: float
+    b_s: float
+    rows: int
 
 
 class Batcher:
@@ -135,6 +144,13 @@ class Batcher:
         """How long until all that runs and waits now is computed, in seconds."""
         with self._lock:
             return self._dispatch.wait_s(self._clock())
+
+    def cost(self, block: int) -> BatchCost | None:
+        """What batches of a block cost, and how many rows they may have; None: not known yet."""
+        model = self._dispatch.costs[block]
+        if not model.warm:
+            return None
+        return BatchCost(model.a_s, model.b_s, self._queue.limit(block))
 
     def _sweep(self) -> bool:
         """Make room in the queue; whether that may have helped. Call with the lock held."""

@@ -44,6 +44,8 @@ class ServedModel:
         self.name = self.entry.name
         self.version = self.entry.version
         self.outcomes: Counter[str] = Counter()  # requests answered: ok, or the HTTP status
+        self.offered_requests = 0  # well-formed ones, refused for lack of room or time or not
+        self.offered_rows = [0] * len(self.engine.blocks)
         self._config = config
         self._recorder = ModelRecorder(backend, self.name, self.version)
         self.batcher = Batcher(
