@@ -24,6 +24,7 @@ from edge.fleet import result
 from edge.fleet.config import FleetConfig
 from edge.fleet.process import Failure, Ready, Target, Task, main
 from edge.fleet.report import Run, Summary, percentiles, summarise
+from edge.fleet.settled import Merge, Watch
 from edge.fleet.shard import Counters, Progress, ShardResult
 from edge.fleet.stats import Sampler, Use, fetch, use
 
@@ -74,9 +75,17 @@ OnProgress = Callable[[FleetProgress], None]
 
 
 def simulate(config: FleetConfig, on_progress: OnProgress | None = None) -> Summary:
-    """Run the fleet against a cloud and say what it saw.
+    """Run the fleet against a cloud and say what it saw; see :func:`record`."""
+    return summarise(record(config, on_progress))
 
-    Ctrl-C ends the run early: the summary then covers what was done. No process stays behind.
+
+def record(
+    config: FleetConfig, on_progress: OnProgress | None = None, watch: Watch | None = None
+) -> Run:
+    """Run the fleet against a cloud and keep all that was recorded.
+
+    Ctrl-C ends the run early: the record then covers what was done. So does ``watch``, which sees
+    the inferences as they end, once that is enough for it. No process stays behind.
 
     Raises:
         ConfigError: the settings don't fit the cloud, the bundle or this machine.
@@ -92,7 +101,7 @@ def simulate(config: FleetConfig, on_progress: OnProgress | None = None) -> Summ
         sampler.start()
         try:
             start_s = fleet.start()
-            interrupted = fleet.follow(start_s, sampler, on_progress)
+            interrupted = fleet.follow(start_s, sampler, on_progress, watch)
         finally:
             samples = sampler.stop()
         results = fleet.results
@@ -100,24 +109,22 @@ def simulate(config: FleetConfig, on_progress: OnProgress | None = None) -> Summ
     answered = np.zeros((longest, 2), np.int64)
     for part in results:
         answered[: len(part.answered)] += part.answered
-    return summarise(
-        Run(
-            config=config,
-            model=target.model,
-            mode=mode,
-            rounds=rounds,
-            group_size=rows,
-            table=result.merge([part.table for part in results]),
-            answered=answered,
-            counters=_add([part.counters for part in results]),
-            cpu_s=[part.cpu_s for part in results],
-            busy_ratios=[part.busy_ratio for part in results],
-            window_s=max(part.window_s for part in results),
-            elapsed_s=max(part.elapsed_s for part in results),
-            interrupted=interrupted,
-            start_s=start_s,
-            samples=samples,
-        )
+    return Run(
+        config=config,
+        model=target.model,
+        mode=mode,
+        rounds=rounds,
+        group_size=rows,
+        table=result.merge([part.table for part in results]),
+        answered=answered,
+        counters=_add([part.counters for part in results]),
+        cpu_s=[part.cpu_s for part in results],
+        busy_ratios=[part.busy_ratio for part in results],
+        window_s=max(part.window_s for part in results),
+        elapsed_s=max(part.elapsed_s for part in results),
+        interrupted=interrupted,
+        start_s=start_s,
+        samples=samples,
     )
 
 
@@ -199,6 +206,9 @@ class _Fleet:
         self._ready = 0
         self._latest: dict[int, Progress] = {}
         self._latencies_s: list[float] = []
+        self._merge = Merge(config.processes)
+        self._watch: Watch | None = None
+        self._enough = False
         self._shown_s = 0.0
         self._shown_elapsed_s = 0.0
         self._shown = dict.fromkeys((item.name for item in dataclasses.fields(Counters)), 0)
@@ -217,9 +227,15 @@ class _Fleet:
             connection.send(start_s)
         return start_s
 
-    def follow(self, start_s: float, sampler: Sampler, on_progress: OnProgress | None) -> bool:
+    def follow(
+        self,
+        start_s: float,
+        sampler: Sampler,
+        on_progress: OnProgress | None,
+        watch: Watch | None = None,
+    ) -> bool:
         """Wait for the results; return whether Ctrl-C cut the run short."""
-        config = self.config
+        config, self._watch = self.config, watch
         length_s = config.duration_s + config.timeout_s
         interrupted = False
         deadline_s = start_s + length_s + _PATIENCE_S
@@ -229,15 +245,22 @@ class _Fleet:
                 draining = time.monotonic() - start_s > config.duration_s
                 phase = "draining" if draining else "running"
                 self._show(phase, sampler, on_progress)
+                if self._enough:
+                    self._enough, self._watch = False, None
+                    deadline_s = self._stop()
             except KeyboardInterrupt:
                 if interrupted:
                     raise
                 interrupted = True
-                deadline_s = time.monotonic() + _PATIENCE_S
-                for connection in self._processes:
-                    with contextlib.suppress(OSError):  # that shard is done already
-                        connection.send(None)
+                deadline_s = self._stop()
         return interrupted
+
+    def _stop(self) -> float:
+        """Tell every shard to end; until when it may take."""
+        for connection in self._processes:
+            with contextlib.suppress(OSError):  # that shard is done already
+                connection.send(None)
+        return time.monotonic() + _PATIENCE_S
 
     def _hear(self, timeout_s: float, deadline_s: float) -> None:
         """Take what the shards say; raise what they could not cope with."""
@@ -253,6 +276,9 @@ class _Fleet:
             if isinstance(word, Progress):
                 self._latest[word.shard] = word
                 self._latencies_s += word.latencies_s
+                news = self._merge.add(word.shard, word.settled)
+                if self._watch is not None and news is not None:
+                    self._enough |= self._watch(news)
             elif isinstance(word, Ready):
                 self._ready += 1
             elif isinstance(word, ShardResult):

@@ -28,6 +28,7 @@ from edge.fleet import result
 from edge.fleet.config import FleetConfig
 from edge.fleet.device import FleetDevice, Flight, backoff_s
 from edge.fleet.pacing import Schedule
+from edge.fleet.settled import Settled, settled
 from edge.fleet.workload import Workload
 from edge.session import Round
 
@@ -96,6 +97,7 @@ class Progress:
         counters: totals so far.
         latencies_s: of the inferences that were answered since the last progress.
         cpu_s: processor time since the common start.
+        settled: the inferences that have ended since, in the order they were due.
     """
 
     shard: int
@@ -105,6 +107,7 @@ class Progress:
     counters: Counters
     latencies_s: list[float]
     cpu_s: float
+    settled: Settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +178,7 @@ class Shard:
     _granted: int = field(init=False, default=0)
     _connected: int = field(init=False, default=0)
     _closing: bool = field(init=False, default=False)
+    _settled: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         """Allocate everything the run writes to."""
@@ -340,7 +344,19 @@ class Shard:
             self.counters,
             latencies_s,
             time.process_time() - self._start_cpu_s if started else 0.0,
+            self._settle(),
         )
+
+    def _settle(self) -> Settled:
+        """Tell of the rows up to the oldest inference under way, since the last call."""
+        due_s, end = self.schedule.due_s, self._next
+        for flight in self._deadlines:
+            if flight.inference is not None:
+                end = flight.position
+                break
+        start, self._settled = self._settled, end
+        until_s = float(due_s[end]) if end < len(due_s) else self._window_s
+        return settled(self.table[start:end], until_s)
 
     def on_crash(self, error: Exception) -> None:
         """End the run: the simulator itself failed, and a report would be made up."""
