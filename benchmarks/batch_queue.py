@@ -1,4 +1,4 @@
-"""The queue of a batching engine, solved: Poisson requests, and a batch whenever the engine is free.
+"""The queue of a batching engine, solved: Poisson requests, a batch whenever the engine is free.
 
 What waits when the engine is free goes into one batch, up to ``most`` requests, in the order of
 arrival; an idle engine starts at once. A batch of k requests takes ``a_s + b_s * k`` seconds. So
@@ -63,8 +63,8 @@ class BatchQueue:
         system = np.vstack([moves.T - np.eye(size), np.ones(size)])
         right = np.zeros(size + 1)
         right[-1] = 1.0
-        found: Floats = np.linalg.lstsq(system, right, rcond=None)[0]
-        return np.clip(found, 0.0, None) / found.clip(0.0, None).sum()
+        found = np.clip(np.linalg.lstsq(system, right, rcond=None)[0], 0.0, None)
+        return np.asarray(found / found.sum(), np.float64)
 
     def late(self, rate: float, bound_s: float, points: int = 64) -> float:
         """Share of requests that are answered later than ``bound_s`` after their arrival."""
@@ -95,7 +95,7 @@ class BatchQueue:
                 ahead = np.convolve(left, poisson(rate * passed_s, size))[:size]
                 share = self._late_behind(ahead, rate, step_s - passed_s, bound_s)
                 late_requests += expected / points * share
-        return late_requests / requests
+        return float(late_requests / requests)
 
     def _late_behind(self, ahead: Floats, rate: float, rest_s: float, bound_s: float) -> float:
         """Weight of ``ahead`` (by requests before this one) for which the answer is late."""
@@ -113,7 +113,9 @@ class BatchQueue:
                 late += weights.sum()
             elif fits < self.most:
                 joins = np.cumsum(poisson(rate * waits_s, self.most + 1))
-                for place, weight in enumerate(weights):  # this one is number place + 1 of its batch
+                for place, weight in enumerate(
+                    weights
+                ):  # this one is number place + 1 of its batch
                     may_join = fits - place - 1
                     late += weight * (1.0 - (joins[may_join] if may_join >= 0 else 0.0))
         return float(late)
@@ -151,5 +153,4 @@ def poisson(mean: float, size: int) -> Floats:
         return (counts == 0).astype(float)
     logs = counts * math.log(mean) - mean
     logs[1:] -= np.cumsum(np.log(counts[1:]))
-    found: Floats = np.exp(logs)
-    return found
+    return np.asarray(np.exp(logs), np.float64)

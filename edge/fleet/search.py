@@ -209,7 +209,9 @@ def next_step(tried: Sequence[Tried], plan: Plan) -> Step | None:
     sides = {one.passes(allowed) for one in tried}
     if sides == {True}:
         top = max(rates)
-        return None if top >= plan.most_rate else Step(min(2 * top, plan.most_rate), plan.ramp_rules)
+        return (
+            None if top >= plan.most_rate else Step(min(2 * top, plan.most_rate), plan.ramp_rules)
+        )
     if sides == {False}:
         low = min(rates)
         return None if low <= plan.least_rate else Step(max(low / 2, plan.least_rate), plan.rules)

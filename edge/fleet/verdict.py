@@ -117,7 +117,13 @@ class Verdict:
 
 
 def judge(
-    due_s: Floats, latency_s: Floats, until_s: float, objective: Objective, rules: Rules, *, error: float
+    due_s: Floats,
+    latency_s: Floats,
+    until_s: float,
+    objective: Objective,
+    rules: Rules,
+    *,
+    error: float,
 ) -> Verdict:
     """Judge what fell due from the warm-up's end until ``until_s``, at one look.
 
