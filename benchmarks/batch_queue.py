@@ -150,7 +150,7 @@ def poisson(mean: float, size: int) -> Floats:
     """Probabilities of 0 to size - 1 events where ``mean`` are expected."""
     counts = np.arange(size)
     if mean == 0:
-        return (counts == 0).astype(float)
+        return np.asarray(counts == 0, dtype=np.float64)
     logs = counts * math.log(mean) - mean
     logs[1:] -= np.cumsum(np.log(counts[1:]))
-    return np.asarray(np.exp(logs), np.float64)
+    return np.asarray(np.exp(logs), dtype=np.float64)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cluster.audit_cli import audit
+from cluster.capacity_cli import capacity, scenario
 from cluster.costs_cli import costs
 from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
@@ -39,8 +40,10 @@ app = typer.Typer(
 )
 app.add_typer(models, name="models")
 app.command()(audit)
+app.command()(capacity)
 app.command()(costs)
 app.command()(ledger)
+app.command()(scenario)
 app.command()(search)
 add_training(app)
 
@@ -392,6 +395,10 @@ def simulate(
     verify: Annotated[bool, typer.Option(help="Compare every answer with the local one.")] = True,
     timeout: Annotated[float, typer.Option(help="Seconds until an inference has failed.")] = 10,
     rows: Annotated[int, typer.Option(help="Rows per message of the echo workload.")] = 4,
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(help="A gate such as p99<100ms or error-rate<1%; several may be given."),
+    ] = None,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     json_path: Annotated[
@@ -401,9 +408,15 @@ def simulate(
         Path | None, typer.Option("--html", help="Write the report to this file.")
     ] = None,
 ) -> None:
-    """Let a fleet of devices loose on a cloud; exit code 1 if it failed any, 3 if not valid."""
+    """Let a fleet of devices loose on a cloud; exit code 1 if it failed any, 3 if not valid.
+
+    4 if a threshold was not kept, or there were too few samples to judge it.
+    """
     from edge.fleet.command import run
     from edge.fleet.config import FleetConfig
+    from edge.fleet.threshold import parse_threshold
+
+    gates = [parse_threshold(text) for text in threshold or ()]
 
     config = FleetConfig(
         url=url,
@@ -422,7 +435,7 @@ def simulate(
         token=_token(token_file),
         ca_file=None if ca_file is None else str(ca_file),
     )
-    raise typer.Exit(run(config, json_path, html_path))
+    raise typer.Exit(run(config, json_path, html_path, gates))
 
 
 @app.command()

@@ -48,9 +48,9 @@ class Tried:
     verdict: Verdict
 
     def passes(self, allowed: float) -> bool:
-        """Whether it passed, or looks as if it would where nothing is sure."""
+        """Whether it passed, or looks as if it would where nothing is sure, or nothing was seen."""
         if self.verdict.answer == "open":
-            return self.verdict.share <= allowed
+            return not self.verdict.share > allowed
         return self.verdict.answer == "pass"
 
 
@@ -89,17 +89,15 @@ class Plan:
             raise ConfigError(f"tolerance is {self.tolerance}, expected 0.001 to 0.5")
         if self.most_probes < 1:
             raise ConfigError(f"most_probes is {self.most_probes}, expected at least 1")
-        self.rules  # noqa: B018  refuses what it has to
+        self.rules(self.start_rate)  # refuses what it has to
 
-    @property
-    def rules(self) -> Rules:
+    def rules(self, rate: float) -> Rules:
         """How a probe is judged near the capacity."""
-        return rules_for(self.objective, self.most_s, self.error)
+        return rules_for(self.objective, rate, self.most_s, self.error)
 
-    @property
-    def ramp_rules(self) -> Rules:
+    def ramp_rules(self, rate: float) -> Rules:
         """How a probe is judged while the rate doubles: enough to see an overload."""
-        rules = self.rules
+        rules = self.rules(rate)
         most_s = max(_RAMP_S, 15 * self.objective.latency_s, rules.least_s)
         return Rules(rules.warmup_s, rules.least_s, min(most_s, rules.most_s), self.error)
 
@@ -201,23 +199,21 @@ def _is_known(tried: Sequence[Tried], plan: Plan) -> bool:
 def next_step(tried: Sequence[Tried], plan: Plan) -> Step | None:
     """What to try after ``tried``; None where the search is over."""
     if not tried:
-        return Step(plan.start_rate, plan.ramp_rules)
+        return Step(plan.start_rate, plan.ramp_rules(plan.start_rate))
     if len(tried) >= plan.most_probes:
         return None
-    allowed = plan.objective.allowed
     rates = [one.rate for one in tried]
-    sides = {one.passes(allowed) for one in tried}
+    sides = {one.passes(plan.objective.allowed) for one in tried}
     if sides == {True}:
-        top = max(rates)
-        return (
-            None if top >= plan.most_rate else Step(min(2 * top, plan.most_rate), plan.ramp_rules)
-        )
+        rate = min(2 * max(rates), plan.most_rate)
+        return None if rate <= max(rates) else Step(rate, plan.ramp_rules(rate))
     if sides == {False}:
-        low = min(rates)
-        return None if low <= plan.least_rate else Step(max(low / 2, plan.least_rate), plan.rules)
+        rate = max(min(rates) / 2, plan.least_rate)
+        return None if rate >= min(rates) else Step(rate, plan.rules(rate))
     if _is_known(tried, plan):
         return None
-    belief = Belief(tried, allowed)
+    belief = Belief(tried, plan.objective.allowed)
     # A little to either side in turn: two rates tell the exponent, one rate twice does not.
     rate = belief.quantile((0.35, 0.65)[len(tried) % 2])
-    return Step(min(max(rate, plan.least_rate), plan.most_rate), plan.rules)
+    rate = min(max(rate, plan.least_rate), plan.most_rate)
+    return Step(rate, plan.rules(rate))

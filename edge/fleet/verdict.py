@@ -73,16 +73,20 @@ class Rules:
         return [*times[:-1], self.duration_s]
 
 
-def rules_for(objective: Objective, most_s: float | None = None, error: float = 0.05) -> Rules:
-    """Rules that suit an objective.
+def rules_for(
+    objective: Objective, rate: float, most_s: float | None = None, error: float = 0.05
+) -> Rules:
+    """Rules that suit an objective, and a rate in inferences per second.
 
-    The warm-up is 10 of its latencies, at least a second. So much time as is needed to pass where
-    none is late, and twice that for the undecided ones, is the default of ``most_s``.
+    The warm-up is 10 of the objective's latencies, at least a second. ``most_s`` is by default
+    twice the time in which a load passes where none is late, though every one counts as one with
+    all that fall due within half the objective's latency.
     """
     latency_s = objective.latency_s
-    least_s = max(1.0, 10 * latency_s)
-    clean_s = math.log(error / 10) / math.log(1 - objective.allowed) * latency_s / 2
-    most_s = max(15.0, 2 * clean_s) if most_s is None else most_s
+    least_s = max(1.0, 10 * latency_s, 20 / rate)
+    if most_s is None:
+        clean = math.log(error / 10) / math.log(1 - objective.allowed)
+        most_s = max(15.0, 2 * clean * max(latency_s / 2, 1 / rate))
     return Rules(max(1.0, 10 * latency_s), min(least_s, most_s), most_s, error)
 
 
