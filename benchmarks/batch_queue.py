@@ -131,19 +131,23 @@ class BatchQueue:
             low, high = (middle, high) if self.late(middle, bound_s) <= share else (low, middle)
         return low
 
-    def simulate(self, rate: float, requests: int, seed: int) -> tuple[Floats, Floats]:
-        """Draw arrivals and follow them: (requests,) arrival times and latencies, in seconds."""
-        arrivals = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, requests))
-        done = np.empty(requests)
+    def follow(self, arrivals_s: Floats) -> Floats:
+        """Latencies, (n,), of requests that arrive then, (n,) rising; in seconds."""
+        done_s = np.empty(len(arrivals_s))
         free_s, first = 0.0, 0
-        while first < requests:
-            start_s = max(free_s, float(arrivals[first]))
-            last = int(np.searchsorted(arrivals, start_s, side="right"))
+        while first < len(arrivals_s):
+            start_s = max(free_s, float(arrivals_s[first]))
+            last = int(np.searchsorted(arrivals_s, start_s, side="right"))
             last = min(max(last, first + 1), first + self.most)
             free_s = start_s + self.step_s(last - first)
-            done[first:last] = free_s
+            done_s[first:last] = free_s
             first = last
-        return arrivals, done - arrivals
+        return done_s - arrivals_s
+
+    def simulate(self, rate: float, requests: int, seed: int) -> tuple[Floats, Floats]:
+        """Draw arrivals and follow them: (requests,) arrival times and latencies, in seconds."""
+        arrivals_s = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, requests))
+        return arrivals_s, self.follow(arrivals_s)
 
 
 def poisson(mean: float, size: int) -> Floats:
