@@ -25,7 +25,7 @@ from edge.fleet.search import Estimate, Plan, Step, Tried, estimate, next_step
 from edge.fleet.settled import Settled
 from edge.fleet.verdict import Judge, Verdict
 
-_SPOILED = 2  # probes in a row that the generator and not the cloud has failed
+_SPOILED = 3  # probes in a row that the generator and not the cloud has failed
 
 Recorder = Callable[[FleetConfig, OnProgress | None, Callable[[Settled], bool]], Run]
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from edge.fleet.capacity import Capacity, Probe
 from edge.fleet.scenario import ClosedReport
 from edge.fleet.search import Estimate, Step
-from edge.fleet.view import duration, number, share
+from edge.fleet.view import duration, share
 
 _ENDED = {
     "found": "the interval is as narrow as asked for",
@@ -64,27 +64,22 @@ def rows(found: Capacity) -> list[tuple[str, str]]:
 
 def show_capacity(found: Capacity, console: Console) -> None:
     """Print the probes and the answer."""
-    table = Table(title="Probes", title_justify="left")
-    for column in ("inferences/s", "devices", "streams", "late", "truly", "counts as", "p99"):
-        table.add_column(column, justify="right")
-    for column in ("lag p99", "engine busy", "batch rows", "MB/s"):
-        table.add_column(column, justify="right")
+    table = Table(title="Probes", title_justify="left", pad_edge=False)
+    for column in ("rate/s", "devices", "late", "truly", "p99", "lag", "busy", "rows"):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
     for probe in sorted(found.probes, key=lambda one: one.tried.rate):
         verdict = probe.tried.verdict
         table.add_row(
             f"{probe.tried.rate:.4g}",
             f"{probe.devices:,}",
-            f"{probe.streams:,}",
-            f"{verdict.late} of {verdict.inferences}",
+            share(verdict.late / max(1, verdict.inferences)),
             f"{share(verdict.low)} to {share(verdict.high)}",
-            f"{verdict.independent[1]:.0f} independent",
             duration(probe.latency_s.get("p99")),
             duration(probe.lag_s),
-            share(probe.engine_busy),
-            number(probe.batch_rows),
-            number(probe.bytes_per_s / 1e6),
-            verdict.answer if probe.valid else f"{verdict.answer}, INVALID",
+            "-" if probe.engine_busy is None else f"{probe.engine_busy:.0%}",
+            "-" if probe.batch_rows is None else f"{probe.batch_rows:.0f}",
+            verdict.answer if probe.valid else "INVALID",
         )
     console.print(table)
     _figures("Capacity", rows(found), console)

@@ -102,9 +102,13 @@ def limit(run: Run, summary: Summary, objective: Objective, warmup_s: float) -> 
 
 def _generator(summary: Summary) -> str:
     lag_s = summary.generator_lag_s["p99"] or summary.generator_lag_s["max"] or 0.0
+    cpu = summary.generator_cpu_ratio
+    advice = "add --processes, or a machine"
+    if cpu < 0.5:
+        advice = "its machine is busy with other work, so run it on another"
     return (
-        f"the generator is the limit, not the cloud (it lagged {lag_s * 1e3:.0f} ms and used "
-        f"{summary.generator_cpu_ratio:.0%} of a core per process): add --processes, or a machine"
+        f"the generator is the limit, not the cloud (it lagged {lag_s * 1e3:.0f} ms, and its "
+        f"busiest process used {cpu:.0%} of a core): {advice}"
     )
 
 
