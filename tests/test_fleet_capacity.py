@@ -94,7 +94,7 @@ def test_a_search_says_how_many_devices_and_what_limits_them() -> None:
     assert found.ended == "found" and found.exit_code == 0
     assert found.rate == pytest.approx(CAPACITY, rel=0.03)
     assert found.devices == pytest.approx(2 * CAPACITY, rel=0.03)
-    assert found.devices_high is not None
+    assert found.devices is not None and found.devices_high is not None
     assert found.devices_low <= found.devices <= found.devices_high
     assert found.limit.name == "queue" and found.model == "echo"
     assert found.failed_rate is not None and found.failed_rate > CAPACITY * 0.97

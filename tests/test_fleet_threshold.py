@@ -33,7 +33,7 @@ GOOD = summarise(make_run())  # every latency is 20 ms
 )
 def test_an_objective_is_read(text: str, quantile: float, latency_s: float) -> None:
     found = parse_objective(text)
-    assert (found.quantile, found.latency_s) == (pytest.approx(quantile), latency_s)
+    assert found.quantile == pytest.approx(quantile) and found.latency_s == latency_s
     again = parse_objective(str(found))
     assert again.quantile == pytest.approx(quantile)
     assert again.latency_s == pytest.approx(latency_s)

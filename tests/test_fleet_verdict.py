@@ -110,9 +110,8 @@ def test_a_look_that_was_slept_through_is_made_once() -> None:
     judge = Judge(P99, Rules(0.0, 1.0, 10.0))
     due_s = np.arange(1000) / 100
     assert not judge.add(due_s[:50], np.full(50, 0.01), 0.5)
-    assert judge.verdict is None
-    over = judge.add(due_s[50:], np.full(950, 0.01), 10.0)
-    assert over and judge.verdict is not None and judge.verdict.inferences == 1000
+    assert judge.add(due_s[50:], np.full(950, 0.01), 10.0)
+    assert judge.verdict is not None and judge.verdict.inferences == 1000
 
 
 def test_rules_suit_the_objective_and_the_rate() -> None:
