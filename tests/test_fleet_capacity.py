@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +31,7 @@ from edge.fleet.search import Plan
 from edge.fleet.settled import Settled
 from tests.fake_cloud import FakeCloud, running
 from tests.test_fleet_report import make_run
+from tests.test_fleet_run import group, wait_for
 
 QUEUE = BatchQueue(0.02, 0.002, 16)
 P99 = Objective(0.99, 0.15)
@@ -235,3 +240,28 @@ def test_the_command_searches_a_real_cloud_and_writes_what_it_knows(tmp_path: Pa
     assert found["devices_low"] == 20 and found["limit"]["name"] == "none"
     assert found["probes"][0]["streams"] == 20 == cloud.streams
     assert found["probes"][0]["tried"]["verdict"]["late"] == 0
+
+
+def test_ctrl_c_writes_what_is_known_and_leaves_no_process(tmp_path: Path) -> None:
+    path = tmp_path / "capacity.json"
+    with running(FakeCloud()) as cloud:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.cli", "capacity", "--url", cloud.url]
+            + ["--workload", "echo", "--slo", "p50=100ms", "--json", str(path)]
+            + ["--start-rate", "200", "--probe-seconds", "1"],
+            cwd=Path(__file__).parent.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        wait_for(lambda: path.exists(), 60)  # the first probe is done
+        asked = cloud.requests
+        wait_for(lambda: cloud.requests > asked, 60)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 130, err
+        assert "Traceback" not in err and "it was interrupted" in out
+        found = json.loads(path.read_text())
+        assert found["ended"] == "interrupted" and len(found["probes"]) >= 1
+        wait_for(lambda: not group(process.pid), 5)

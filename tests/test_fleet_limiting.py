@@ -67,6 +67,17 @@ def test_an_engine_that_is_full_is_the_limit_wherever_they_wait() -> None:
     assert named(late_run(status=result.TIMEOUT), busy=0.97).name == "compute"
 
 
+def test_a_little_lag_is_not_what_tips_a_load() -> None:
+    run = make_run(latency_s=0.0995)
+    table = run.table.copy()
+    late = np.arange(len(table)) % 50 == 0
+    table["done_s"][late] = table["scheduled_s"][late] + 0.1005
+    table["queue_s"] = 0.08
+    assert named(replace(run, table=table)).name == "queue"
+    table["lag_s"] = 0.02
+    assert named(replace(run, table=table)).name == "generator"
+
+
 def test_an_invalid_run_says_nothing_of_the_cloud() -> None:
     run = late_run(queue_s=0.15)
     summary = replace(summarise(run), valid=False, invalid_reason="it lagged")
