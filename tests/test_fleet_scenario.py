@@ -15,6 +15,7 @@ from rich.console import Console
 from cluster.cli import main
 from datamix import wire
 from datamix.errors import ConfigError, Unavailable
+from edge.fleet import closed
 from edge.fleet.capacity_view import show_closed
 from edge.fleet.closed import ClosedRun, Query, closed_loop
 from edge.fleet.config import FleetConfig
@@ -183,3 +184,11 @@ def test_every_report_is_shown() -> None:
         out = io.StringIO()
         show_closed(report(scenario, run, 0.0), Console(file=out, width=100))
         assert scenario.name in out.getvalue() and "closed" in out.getvalue()
+
+
+def test_more_streams_than_a_process_may_open_are_refused(
+    cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(closed, "raise_descriptor_limit", lambda: 100)
+    with pytest.raises(ConfigError, match="37 streams were asked for, expected at most 36"):
+        run_scenario(offline(37), config_for(cloud), 1.0)

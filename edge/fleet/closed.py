@@ -24,14 +24,16 @@ import numpy.typing as npt
 from picows import WSCloseCode, WSError, WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
 
 from datamix import wire
-from datamix.errors import AnswerError, DataMixError, Unavailable
+from datamix.errors import AnswerError, ConfigError, DataMixError, Unavailable
+from datamix.limits import raise_descriptor_limit
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
 from edge.fleet.process import load
-from edge.fleet.run import check_descriptors, discover
+from edge.fleet.run import discover
 from edge.fleet.workload import Workload
 
 _PAUSE_S = 0.05  # after a failure: a cloud that refuses is not asked as fast as it can refuse
+_SPARE_DESCRIPTORS = 64
 _INPUTS = 1 << 16  # inferences that ask something of their own; later ones repeat them
 
 Floats = npt.NDArray[np.float64]
@@ -304,7 +306,11 @@ def closed_loop(
         Unavailable: nobody answers, or not every stream was opened.
     """
     config = dataclasses.replace(config, devices=lanes * per_query, processes=1)
-    check_descriptors(config)
+    allowed = raise_descriptor_limit() - _SPARE_DESCRIPTORS
+    if config.devices > allowed:
+        raise ConfigError(
+            f"{config.devices} streams were asked for, expected at most {allowed} in one process"
+        )
     target = discover(config)
     workload = load(config, target, _INPUTS)
     run = ClosedRun(target.model, workload.rows, lanes, per_query)
