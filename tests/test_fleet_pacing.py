@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from datamix.errors import ConfigError
 from edge.fleet import pacing
+from edge.fleet.arrivals import Constant, Poisson
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ from edge.fleet import pacing
     ],
 )
 def test_constant_spaces_evenly(rate: float, duration_s: float, expected: list[float]) -> None:
-    assert pacing.constant(rate, duration_s) == pytest.approx(expected)
+    assert Constant().times(rate, duration_s) == pytest.approx(expected)
 
 
 @given(st.floats(0.1, 500), st.floats(0.1, 20), st.integers(0, 2**32))
@@ -29,14 +30,14 @@ def test_constant_spaces_evenly(rate: float, duration_s: float, expected: list[f
 def test_poisson_is_sorted_inside_the_run_and_repeatable(
     rate: float, duration_s: float, seed: int
 ) -> None:
-    times = pacing.poisson(rate, duration_s, seed)
+    times = Poisson().times(rate, duration_s, seed)
     assert np.all(np.diff(times) >= 0)
     assert np.all((times >= 0) & (times < duration_s))
-    assert np.array_equal(times, pacing.poisson(rate, duration_s, seed))
+    assert np.array_equal(times, Poisson().times(rate, duration_s, seed))
 
 
 def test_poisson_has_the_rate_and_the_spread_of_a_poisson_process() -> None:
-    gaps = np.diff(pacing.poisson(1000, 100, seed=3))
+    gaps = np.diff(Poisson().times(1000, 100, seed=3))
     assert len(gaps) == pytest.approx(100_000, rel=0.02)
     assert gaps.mean() == pytest.approx(1e-3, rel=0.02)
     assert gaps.std() == pytest.approx(1e-3, rel=0.02)  # exponential: deviation equals mean

@@ -29,6 +29,9 @@ COUNTERS = {
     "misrouted": 0,
     "unmatched": 0,
     "unreadable": 0,
+    "came": 0,
+    "left": 0,
+    "dropped": 0,
 }
 
 

@@ -104,13 +104,35 @@ def test_the_command_reports_in_every_form(cloud: FakeCloud, tmp_path: Path) -> 
     assert page.read_text().startswith("<!doctype html>")
 
 
+def test_a_closed_loop_of_all_kinds_of_devices_is_labelled_in_every_report(
+    cloud: FakeCloud, tmp_path: Path
+) -> None:
+    process = command(
+        cloud, tmp_path, "--duration", "1.5", "--arrivals", "closed:think_s=0.1",
+        "--profiles", "phone/wifi:1,here:1", "--churn", "on_s=0.5,off_s=0.2",
+        "--storm", "at_s=0.2,share=0.5", "--storm", "at_s=0.4", "--cancel", "share=0.2,after_s=1",
+        "--slow-readers", "share=0.2,pause_s=0.05",
+    )  # fmt: skip
+    out, err = process.communicate(timeout=60)
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert process.returncode in (0, 1, 3), err
+    assert figures["loop"] == "closed" and figures["arrivals"] == "closed:think_s=0.1"
+    assert "CLOSED LOOP" in out and "50% phone/wifi" in out.replace("\n", " ")
+    assert figures["stem"] == figures["encode"] == "partly charged"
+    assert [kind["name"] for kind in figures["profiles"]] == ["phone/wifi", "here"]
+    assert figures["left"] > 5 and figures["dropped"] > 5 and figures["reconnects"] > 5
+    ended = figures["ok"] + sum(figures["failed"].values()) + figures["wrong"]
+    ended += figures["unsent"] + figures["stopped"] + figures["cancelled"]
+    assert ended == figures["inferences"] > 50 and figures["wrong"] == 0
+
+
 def test_ctrl_c_reports_what_was_done_and_leaves_no_process(
     cloud: FakeCloud, tmp_path: Path
 ) -> None:
     process = command(cloud, tmp_path, "--duration", "600")
     wait_for(lambda: cloud.requests > 30)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does: every process gets it
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=90)
     assert process.returncode == 130, err
     figures = json.loads((tmp_path / "report.json").read_text())
     assert figures["interrupted"] and figures["ok"] > 20 and figures["duration_s"] < 60

@@ -43,11 +43,8 @@ def make_shard(url: str, **settings: Any) -> Shard:
         "timeout_s": 2.0,
     }
     config = FleetConfig(url=url, workload="echo", **(options | settings))
-    plan = pacing.schedule(
-        config.pacer, config.rate, config.duration_s, config.devices, config.seed
-    )
     workload = EchoWorkload(SHAPE, config.rows, config.seed, config.verify)
-    return Shard(config, "echo", plan, workload)
+    return Shard(config, "echo", config.schedule(), workload)
 
 
 def statuses(flown: ShardResult) -> dict[int, int]:

@@ -124,7 +124,7 @@ def test_a_signal_to_the_search_ends_its_children(tmp_path: Path, number: signal
             os.killpg(parent.pid, number)  # a terminal's Ctrl-C reaches the children, too
         else:
             parent.send_signal(number)
-        _, said = parent.communicate(timeout=30)
+        _, said = parent.communicate(timeout=90)
         assert until_gone(children)
         assert (b"KeyboardInterrupt" in said) == (number == signal.SIGINT)
     finally:

@@ -22,7 +22,7 @@ from edge.fleet.limiting import NONE, Limit
 from edge.fleet.report import Run, Summary, summarise
 from edge.fleet.run import OnProgress, record
 from edge.fleet.search import Estimate, Plan, Step, Tried, estimate, next_step
-from edge.fleet.settled import Settled
+from edge.fleet.settled import Settled, counted
 from edge.fleet.verdict import Judge, Verdict
 
 _SPOILED = 3  # probes in a row that the generator and not the cloud has failed
@@ -212,7 +212,7 @@ def probe(
 def _whole(run: Run, plan: Plan, step: Step) -> Verdict:
     """Judge a run that came to its end: its last inferences have ended too."""
     judge = Judge(plan.objective, step.rules)
-    table = run.table[run.table["status"] != result.STOPPED]
+    table = counted(run.table)
     answered = table["status"] == result.OK
     latency_s = np.where(answered, table["done_s"] - table["scheduled_s"], np.inf)
     judge.add(table["scheduled_s"], latency_s, 0.0)

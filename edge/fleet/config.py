@@ -7,6 +7,9 @@ from typing import Literal
 
 from datamix.errors import ConfigError
 from edge.access import Access
+from edge.fleet import arrivals, pacing
+from edge.fleet.behaviour import Cancellations, Churn, SlowReaders, Storm
+from edge.fleet.profiles import Profile
 
 WORKLOADS = ("bundle", "echo")
 
@@ -22,11 +25,13 @@ class FleetConfig:
         inputs: ``.npz`` file with ``labels`` (n,) and ``images`` (n, C, H, W) uint8 or ``pcm``
             (n, samples) int16, as the bundle takes; None for the sample that ships and fits.
         devices: simulated devices, each with a stream of its own.
-        rate: inferences per second; each is one group, so ``group_size`` inputs.
+        rate: inferences per second; each is one group, so ``group_size`` inputs. A trace and a
+            closed loop have rates of their own, and do not read it.
         duration_s: for how long inferences fall due.
         seed: the same seed gives the same schedule on any number of processes.
         processes: how many processes hold the devices.
-        pacer: ``poisson`` or ``constant``.
+        pacer: the law of arrivals: ``poisson``, ``constant``, ``gamma:shape=0.25``, ... or
+            ``closed:think_s=1``; see :mod:`edge.fleet.arrivals`.
         workload: ``bundle`` infers real inputs; ``echo`` sends noise and expects it back.
         verify: compare every answer with the locally computed one.
         timeout_s: an inference has failed this long after it was due.
@@ -39,6 +44,12 @@ class FleetConfig:
         token: bearer token, where the cloud wants one; not in the repr.
         ca_file: PEM file of the authorities that may vouch for an ``https`` cloud; None for those
             that this machine trusts.
+        profiles: the kinds of devices and links, with shares that add up to 1; none for devices as
+            fast as the generator, on this machine's own link.
+        churn: devices come and go; None for devices that stay.
+        storms: moments at which devices lose their stream and come back at once.
+        slow_readers: devices that let answers pile up; None for none.
+        cancel: inferences that devices give up of their own accord; None for none.
     """
 
     url: str
@@ -61,6 +72,11 @@ class FleetConfig:
     rows: int = 4
     token: str | None = field(default=None, repr=False)
     ca_file: str | None = None
+    profiles: tuple[Profile, ...] = ()
+    churn: Churn | None = None
+    storms: tuple[Storm, ...] = ()
+    slow_readers: SlowReaders | None = None
+    cancel: Cancellations | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot mean anything."""
@@ -80,7 +96,30 @@ class FleetConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a positive number")
         if self.max_retries < 0 or self.retry_ratio < 0:
             raise ConfigError("max_retries and retry_ratio are 0 or more")
+        late = [storm.at_s for storm in self.storms if storm.at_s >= self.duration_s]
+        if late:
+            raise ConfigError(
+                f"a storm is at {late[0]:g} s, expected before the end, {self.duration_s:g} s"
+            )
+        if self.profiles and abs(sum(profile.share for profile in self.profiles) - 1) > 1e-6:
+            raise ConfigError("the profiles' shares don't add up to 1, expected that they do")
+        arrivals.parse(self.pacer)
         self.access.context(self.url)
+
+    @property
+    def loop(self) -> Literal["open", "closed"]:
+        """Whether answers have a say in when the next inference is due."""
+        return "closed" if isinstance(arrivals.parse(self.pacer), arrivals.Closed) else "open"
+
+    def schedule(self) -> pacing.Schedule:
+        """Make the whole fleet's schedule.
+
+        Raises:
+            ConfigError: settings that make none, such as a trace that can't be read.
+        """
+        return pacing.schedule(
+            self.pacer, self.rate, self.duration_s, self.devices, self.seed, self.churn
+        )
 
     @property
     def access(self) -> Access:

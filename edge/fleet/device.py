@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Iterator
 from typing import Protocol
 
 from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
 
+from edge.fleet.links import Traffic
+from edge.fleet.profiles import Times
 from edge.fleet.workload import Inference
 
 FIRST_BACKOFF_S = 0.05
@@ -33,24 +37,32 @@ class Flight:
         "block",
         "deadline_s",
         "device",
+        "ended",
+        "held",
+        "index",
         "inference",
         "message",
         "moved",
         "position",
+        "ready_s",
         "request_id",
         "sent",
         "status",
     )
 
-    def __init__(self, position: int, device: FleetDevice, deadline_s: float) -> None:
+    def __init__(self, position: int, index: int, device: FleetDevice, deadline_s: float) -> None:
         """Begin; the shard fills in the rest as the inference goes on."""
         self.position = position
+        self.index = index  # its number in the whole fleet
         self.device = device
         self.deadline_s = deadline_s
         self.inference: Inference | None = None  # None again once it has ended
+        self.ended = False
         self.request_id = ""
         self.block = 0
         self.message = b""
+        self.held = False  # whether a charged time or a simulated link has it now
+        self.ready_s = 0.0  # when the present message is ready to leave, by a profile's times
         self.sent = False  # whether the present message has left the device
         self.attempts = 0  # resends so far, of all messages
         self.moved = False  # whether a message waits because the cloud moved the stream
@@ -87,6 +99,18 @@ class FleetDevice(WSListener):
         waiting: inferences whose message waits for the stream to come back.
         opened_s: when the stream was opened, by the shard's clock.
         moved: the cloud wants the stream elsewhere; it has answered what it has read.
+        number_of_stream: how many streams it has had.
+        opening: how many tasks are about to give it a stream.
+        hurried: it lost its stream in a storm and comes back at once.
+        away: it has gone for a while, and wants no stream.
+        toggle_s: when it goes or comes next, by the shard's clock; infinity if never.
+        toggles: when it goes or comes after that, in seconds after the start.
+        slow: it reads nothing for a while after each read.
+        profile: its place in the run's list of profiles, 0 where there is none.
+        times: what its profile charges, or None: then everything runs at the generator's speed.
+        traffic: its simulated link, or None.
+        answers: messages it has received.
+        turns: inferences it has begun in a closed loop.
     """
 
     def __init__(self, number: int, owner: Owner) -> None:
@@ -97,6 +121,19 @@ class FleetDevice(WSListener):
         self.waiting: list[Flight] = []
         self.opened_s = 0.0
         self.moved = False
+        self.number_of_stream = 0
+        self.opening = 0
+        self.hurried = False
+        self.away = False
+        self.toggle_s = math.inf
+        self.toggles: Iterator[float] = iter(())
+        self.slow = False
+        self.profile = 0
+        self.times: Times | None = None
+        self.traffic: Traffic | None = None
+        self.answers = 0
+        self.turns = 0
+        self._paused = False
         self._owner = owner
         self._fragments: list[bytes] = []
 
@@ -111,10 +148,31 @@ class FleetDevice(WSListener):
             self.transport.send_close(WSCloseCode.OK)
             self.transport.disconnect()
 
+    def drop(self) -> None:
+        """Lose the stream, if there is one, as a broken link does."""
+        if self.transport is not None:
+            self.transport.disconnect(graceful=False)
+
+    def pause(self) -> bool:
+        """Read nothing more until :meth:`resume`; return whether that is new."""
+        if self._paused or self.transport is None or self.transport.is_disconnected:
+            return False
+        self.transport.underlying_transport.pause_reading()
+        self._paused = True
+        return True
+
+    def resume(self, number_of_stream: int) -> None:
+        """Read on, if the stream is still the one that was paused."""
+        if self._paused and self.number_of_stream == number_of_stream:
+            self._paused = False
+            if self.transport is not None and not self.transport.is_disconnected:
+                self.transport.underlying_transport.resume_reading()
+
     def on_ws_connected(self, transport: WSTransport) -> None:
         """Keep the stream."""
         self.transport = transport
-        self.moved = False
+        self.moved = self.hurried = self._paused = False
+        self.number_of_stream += 1
         self._fragments.clear()
         self._owner.on_connected(self)
 

@@ -14,6 +14,7 @@ import numpy as np
 from edge.fleet import result
 from edge.fleet.objective import Objective
 from edge.fleet.report import Run, Summary
+from edge.fleet.settled import counted
 
 BUSY = 0.9  # share of time from which on an engine is taken to be full
 _LAG = 0.1  # share of the objective's latency up to which a generator may lag
@@ -59,8 +60,7 @@ def parts(table: result.Table) -> dict[str, float]:
 
 def limit(run: Run, summary: Summary, objective: Objective, warmup_s: float) -> Limit:
     """Name what made inferences late in a run."""
-    table = run.table[run.table["scheduled_s"] >= warmup_s]
-    table = table[table["status"] != result.STOPPED]
+    table = counted(run.table[run.table["scheduled_s"] >= warmup_s])
     answered = table["status"] == result.OK
     latency_s = np.where(answered, table["done_s"] - table["scheduled_s"], np.inf)
     late = latency_s > objective.latency_s

@@ -23,7 +23,6 @@ from typing import Any
 
 from datamix.errors import DataMixError
 from datamix.limits import raise_descriptor_limit
-from edge.fleet import pacing
 from edge.fleet.config import FleetConfig
 from edge.fleet.shard import Shard
 from edge.fleet.workload import EchoWorkload, Workload
@@ -104,10 +103,8 @@ def _run(main: Coroutine[Any, Any, Any]) -> Any:
 
 async def _serve(connection: Connection, task: Task) -> Any:
     config = task.config
-    whole = pacing.schedule(
-        config.pacer, config.rate, config.duration_s, config.devices, config.seed
-    )
-    workload = load(config, task.target, len(whole))
+    whole = config.schedule()
+    workload = load(config, task.target, whole.distinct)
     shard = Shard(
         config,
         task.target.model,

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
+from edge.fleet.profiles import as_dicts, charged
 from edge.fleet.result import Table
 from edge.fleet.stats import Sample, use
 
@@ -60,16 +61,28 @@ class Series:
 class Summary:
     """What a run says.
 
-    Every inference that fell due is in exactly one of ok, failed, wrong, unsent and stopped.
+    Every inference that fell due is in exactly one of ok, failed, wrong, unsent, stopped and
+    cancelled.
 
     Attributes:
         valid: whether the figures are the cloud's, and not the generator's own limit.
         invalid_reason: one sentence where they are not.
         interrupted: the run was stopped before its end.
+        loop: ``open``, or ``closed``, where a device asks again once it has its answer: a cloud
+            that slows down is then asked less, and a stall hardly shows in any latency.
+        arrivals: the law by which inferences fell due.
         workload: ``bundle`` or ``echo``.
         mode: what leaves the devices: the bundle's mode, or ``echo``.
         model: the model's name.
-        stem: ``cached`` (computed once per input, not charged per inference) or ``none``.
+        stem: ``cached`` (computed once per input, not charged per inference), ``charged`` (added
+            to each inference, from a profile), ``partly charged`` (by some profiles) or ``none``.
+        mix: ``run``, ``charged``, ``partly charged`` or ``none``, which is said of what a workload
+            without a model does not have.
+        encode: the same, of making messages.
+        demix: the same, of de-mixing and bridges.
+        head: the same, of the head.
+        profiles: what each kind of device charges, its link, its share of the devices and where
+            that is from; none for devices as fast as the generator on this machine's own link.
         verified: every answer was compared with the locally computed one.
         clients: devices, each with a stream.
         processes: how many processes held them.
@@ -89,6 +102,8 @@ class Summary:
         wrong: answered with other values than the local ones.
         unsent: due, but nothing left the device before the deadline.
         stopped: under way when the run was interrupted.
+        cancelled: given up by the device of its own accord, or left behind when it went; in no
+            latency, because nobody knows how long they would have taken.
         requests: messages sent, retries included.
         retries: messages sent again.
         reconnects: streams opened again.
@@ -98,6 +113,9 @@ class Summary:
         misrouted: answers that came to another device.
         unmatched: answers that nobody had asked for.
         unreadable: messages that were no response.
+        came: devices that came back after they had gone.
+        left: devices that went.
+        dropped: streams that a storm dropped.
         latency_s: of inferences, from the scheduled send.
         latency_from_send_s: of inferences, from the real send.
         generator_lag_s: real minus scheduled time of the first message.
@@ -118,10 +136,17 @@ class Summary:
     valid: bool
     invalid_reason: str | None
     interrupted: bool
+    loop: str
+    arrivals: str
     workload: str
     mode: str
     model: str
     stem: str
+    mix: str
+    encode: str
+    demix: str
+    head: str
+    profiles: list[dict[str, Any]]
     verified: bool
     clients: int
     processes: int
@@ -141,6 +166,7 @@ class Summary:
     wrong: int
     unsent: int
     stopped: int
+    cancelled: int
     requests: int
     retries: int
     reconnects: int
@@ -150,6 +176,9 @@ class Summary:
     misrouted: int
     unmatched: int
     unreadable: int
+    came: int
+    left: int
+    dropped: int
     latency_s: Percentiles
     latency_from_send_s: Percentiles
     generator_lag_s: Percentiles
@@ -281,6 +310,7 @@ def summarise(run: Run) -> Summary:
     wrong = by_status.pop(result.WRONG, 0)
     unsent = by_status.pop(result.UNSENT, 0)
     stopped = by_status.pop(result.STOPPED, 0)
+    cancelled = by_status.pop(result.CANCELLED, 0)
     failed = {result.STATUS_NAMES.get(code, str(code)): n for code, n in by_status.items()}
 
     kept = table[waited(table)]
@@ -298,6 +328,7 @@ def summarise(run: Run) -> Summary:
     during = [s for s in run.samples if s.at_s <= run.start_s + run.window_s + 1]
     cloud = use(during if len(during) > 1 else run.samples)
     bundle = config.workload == "bundle"
+    steps = stages(config)
 
     def per_s(count: int) -> float:
         return count / run.window_s if run.window_s > 0 else 0.0
@@ -313,10 +344,17 @@ def summarise(run: Run) -> Summary:
         valid=reason is None,
         invalid_reason=reason,
         interrupted=run.interrupted,
+        loop=config.loop,
+        arrivals=config.pacer,
         workload=config.workload,
         mode=run.mode,
         model=run.model,
-        stem="cached" if bundle else "none",
+        stem=steps["stem"],
+        mix=steps["mix"],
+        encode=steps["encode"],
+        demix=steps["demix"],
+        head=steps["head"],
+        profiles=as_dicts(config.profiles),
         verified=config.verify,
         clients=config.devices,
         processes=len(run.cpu_s),
@@ -336,6 +374,7 @@ def summarise(run: Run) -> Summary:
         wrong=wrong,
         unsent=unsent,
         stopped=stopped,
+        cancelled=cancelled,
         requests=requests,
         **{
             name: counters[name]
@@ -348,6 +387,9 @@ def summarise(run: Run) -> Summary:
                 "misrouted",
                 "unmatched",
                 "unreadable",
+                "came",
+                "left",
+                "dropped",
             )
         },
         latency_s=percentiles(kept["done_s"] - kept["scheduled_s"]),
@@ -366,6 +408,15 @@ def summarise(run: Run) -> Summary:
         accuracy_local=share("correct_local", bundle and config.verify),
         series=series(run),
     )
+
+
+def stages(config: FleetConfig) -> dict[str, str]:
+    """For each step on the device, whether it really ran or its time was charged."""
+    bundle = config.workload == "bundle"
+    run = dict.fromkeys(("mix", "demix", "head"), "run" if bundle else "none")
+    run = {"stem": "cached" if bundle else "none", "encode": "run", **run}
+    words = {True: "charged", None: "partly charged"}
+    return {stage: words.get(charged(config.profiles, stage), word) for stage, word in run.items()}
 
 
 def series(run: Run) -> Series:

@@ -23,6 +23,7 @@ CONNECTION = 2  # the connection was lost, and the retry budget was spent
 ANSWER = 3  # answered, but not what was asked: wrong shape, not finite, unreadable
 WRONG = 4  # answered and well formed, but not the values computed locally
 STOPPED = 5  # on its way when the run was interrupted
+CANCELLED = 7  # given up by the device of its own accord, or left behind when it went
 OK = 200
 
 STATUS_NAMES = {TIMEOUT: "timeout", CONNECTION: "connection", ANSWER: "answer"}
@@ -131,9 +132,24 @@ def allocate(schedule: Schedule, rows: int) -> Table:
     table["device"] = schedule.device
     table["scheduled_s"] = schedule.due_s
     table["rows"] = rows
+    _leave_open(table)
+    return table
+
+
+def grow(table: Table) -> Table:
+    """Copy a table into one of twice its length, whose new rows are UNSENT and owed by nobody yet.
+
+    A closed loop finds out while it runs what falls due.
+    """
+    more = np.zeros(max(1, len(table)), COLUMNS)
+    more["rows"] = table["rows"][:1]
+    _leave_open(more)
+    return np.concatenate([table, more])
+
+
+def _leave_open(table: Table) -> None:
     for column in ("sent_s", "done_s", "lag_s"):
         table[column] = np.nan
-    return table
 
 
 def merge(tables: Sequence[Table]) -> Table:

@@ -37,8 +37,14 @@ Watch = Callable[[Settled], bool]
 """Sees what has ended, piece by piece; says whether that is enough and the run may end."""
 
 
+def counted(rows: result.Table) -> result.Table:
+    """Leave out what no cloud could answer: given up by its device, or stopped with the run."""
+    return rows[~np.isin(rows["status"], (result.CANCELLED, result.STOPPED))]
+
+
 def settled(rows: result.Table, until_s: float) -> Settled:
     """Tell of the rows of a shard's table that have ended."""
+    rows = counted(rows)
     due_s = rows["scheduled_s"].copy()
     answered = rows["status"] == result.OK
     return Settled(until_s, due_s, np.where(answered, rows["done_s"] - due_s, np.inf))

@@ -1,17 +1,19 @@
 """One process full of devices: sends what is due, takes what comes, writes it down.
 
-The loop never waits for an answer before it sends the next inference (open loop). All inferences
-have the same time to live, so their deadlines pass in the order they began, and one queue swept
-every few milliseconds does for thousands of timers.
+In an open loop no inference waits for the answer to another. All inferences have the same time to
+live, so their deadlines pass in the order they began, and one queue swept every few milliseconds
+does for thousands of timers.
+
+A device with a profile lives by its own time: what its processor and its link would take is added
+to the moment at which an inference was due or an answer came in, and a timer waits for the sum.
+What the generator itself needs meanwhile is part of that wait, and counts as lag only beyond it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import secrets
-import ssl
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,117 +22,28 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from picows import WSError, ws_connect
 
 from datamix import wire
-from datamix.errors import AnswerError, TooLarge, Unavailable, WireError, from_status
+from datamix.errors import AnswerError, TooLarge, WireError, from_status
 from edge.fleet import result
+from edge.fleet.arrivals import Closed
 from edge.fleet.config import FleetConfig
+from edge.fleet.counters import Counters, Progress, ShardResult
 from edge.fleet.device import FleetDevice, Flight, backoff_s
+from edge.fleet.links import Traffic
 from edge.fleet.pacing import Schedule
+from edge.fleet.profiles import Times, assign
 from edge.fleet.settled import Settled, settled
-from edge.fleet.workload import Workload
+from edge.fleet.streams import Streams
+from edge.fleet.timers import TICK_S, Timers
+from edge.fleet.workload import Inference, Workload
 from edge.session import Round
+
+__all__ = ["Counters", "Progress", "Shard", "ShardResult"]
 
 _AT_ONCE = 16  # inferences begun in a row before answers get their turn
 _SWEEP_S = 0.01
-# uvloop's timers tick in milliseconds: asking for less would spin until the tick has come.
-_TICK_S = 0.001
 _RETRY_FLOOR = 100
-_HANDSHAKE_S = 10.0
-_SHORT_S = 0.1  # for a stream
-_READ_BUFFER_BYTES = 1 << 16  # one answer in one read, without growing
-
-# picows would write each handshake into a log that is verbose enough, and the token stands in it.
-_quiet = logging.getLogger("picows.datamix")
-_quiet.setLevel(logging.WARNING)
-
-
-@dataclass(slots=True)
-class Counters:
-    """What does not belong to one inference, or is needed while the run goes on.
-
-    Attributes:
-        begun: inferences begun.
-        ok: inferences answered right.
-        failed: inferences that ended otherwise.
-        requests_ok: messages answered with status 200 and what was asked.
-        requests_in_window: of those, the ones before the last inference fell due.
-        rows_in_window: their rows.
-        requests_sent: messages sent, retries included.
-        retries: messages sent again.
-        reconnects: streams opened again.
-        moved: messages sent again because the cloud had moved the stream unread, which is no retry.
-        duplicates: second answers to a message that was answered.
-        late: answers after the device had given up.
-        misrouted: answers to a message that another device of this process sent.
-        unmatched: answers to a message that nobody in this process sent.
-        unreadable: messages that are no response at all.
-    """
-
-    begun: int = 0
-    ok: int = 0
-    failed: int = 0
-    requests_ok: int = 0
-    requests_in_window: int = 0
-    rows_in_window: int = 0
-    requests_sent: int = 0
-    retries: int = 0
-    reconnects: int = 0
-    moved: int = 0
-    duplicates: int = 0
-    late: int = 0
-    misrouted: int = 0
-    unmatched: int = 0
-    unreadable: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What one shard did until now.
-
-    Attributes:
-        shard: which.
-        elapsed_s: since the common start.
-        connected: devices with an open stream.
-        in_flight: inferences under way.
-        counters: totals so far.
-        latencies_s: of the inferences that were answered since the last progress.
-        cpu_s: processor time since the common start.
-        settled: the inferences that have ended since, in the order they were due.
-    """
-
-    shard: int
-    elapsed_s: float
-    connected: int
-    in_flight: int
-    counters: Counters
-    latencies_s: list[float]
-    cpu_s: float
-    settled: Settled
-
-
-@dataclass(frozen=True, slots=True)
-class ShardResult:
-    """What one shard has to say at the end.
-
-    Attributes:
-        table: a row per inference that fell due (:mod:`edge.fleet.result`).
-        answered: (seconds, 2) messages and rows answered in each second after the start.
-        counters: totals.
-        cpu_s: processor time from the common start to the end.
-        busy_ratio: processor time per time, until the last inference had begun.
-        window_s: for how long inferences fell due; shorter than asked for where interrupted.
-        elapsed_s: until the last inference ended.
-    """
-
-    table: result.Table
-    answered: npt.NDArray[np.int64]
-    counters: Counters
-    cpu_s: float
-    busy_ratio: float
-    window_s: float
-    elapsed_s: float
 
 
 @dataclass(slots=True)
@@ -162,22 +75,21 @@ class Shard:
     _flights: dict[str, Flight] = field(init=False, default_factory=dict)
     _deadlines: deque[Flight] = field(init=False, default_factory=deque)
     _latencies_s: list[float] = field(init=False, default_factory=list)
-    _tasks: set[asyncio.Task[None]] = field(init=False, default_factory=set)
+    _streams: Streams = field(init=False)
+    _timers: Timers = field(init=False)
     _nonce: str = field(init=False, default_factory=lambda: secrets.token_hex(4))
     _random: random.Random = field(init=False)
-    _gate: asyncio.Semaphore = field(init=False)
     _done: asyncio.Future[None] = field(init=False)
     _start_s: float = field(init=False, default=float("inf"))
     _start_cpu_s: float = field(init=False, default=0.0)
-    _headers: dict[str, str] = field(init=False, repr=False)
-    _ssl: ssl.SSLContext | None = field(init=False)
     _window_s: float = field(init=False)
     _busy_ratio: float = field(init=False, default=0.0)
     _next: int = field(init=False, default=0)
     _under_way: int = field(init=False, default=0)
     _granted: int = field(init=False, default=0)
-    _connected: int = field(init=False, default=0)
-    _closing: bool = field(init=False, default=False)
+    _rows: int = field(init=False)
+    _distinct: int = field(init=False)
+    _thinking: set[int] = field(init=False, default_factory=set)
     _settled: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -186,71 +98,56 @@ class Shard:
         owned = range(self.number, config.devices, self.shards)
         self._devices = [FleetDevice(number, self) for number in owned]
         self.table = result.allocate(self.schedule, self.workload.rows)
-        # Writing through a column's view costs half of writing through the row.
-        self._column = {name: self.table[name] for name in result.COLUMNS.names or ()}
+        self._column = _views(self.table)
         self._answered = np.zeros((int(config.duration_s + config.timeout_s) + 2, 2), np.int64)
         self._random = random.Random(config.seed * self.shards + self.number)
-        self._gate = asyncio.Semaphore(max(1, config.connect_at_once // self.shards))
-        self._headers = config.access.headers
-        self._ssl = config.access.context(config.url)
+        self._timers = Timers(self.clock, self.on_crash)
+        self._streams = Streams(
+            config,
+            self.model,
+            self._devices,
+            self.shards,
+            self.counters,
+            self._timers,
+            self.clock,
+            self._random,
+            self._give_up,
+            self.on_crash,
+        )
+        self._rows = len(self.table)
+        self._distinct = max(1, self.schedule.distinct)
+        self._charge()
         self._window_s = config.duration_s
         self._done = asyncio.get_running_loop().create_future()
+
+    def _charge(self) -> None:
+        """Give each device its profile."""
+        profiles, seed = self.config.profiles, self.config.seed
+        if not profiles:
+            return
+        numbers = np.array([device.number for device in self._devices])
+        places = assign(profiles, numbers, seed)
+        for device, place in zip(self._devices, places.tolist(), strict=True):
+            link = profiles[place].link
+            device.profile = place
+            device.times = profiles[place].times
+            device.traffic = None if link is None else Traffic(link, seed)
+        self._column["profile"][:] = places[self.table["device"] // self.shards]
 
     # --- streams ------------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        """Open every device's stream, a bounded number at a time.
+        """Open the stream of every device that is there, a bounded number at a time.
 
         Raises:
             Unavailable: not all of them are open within ``connect_timeout_s``.
         """
-        deadline_s = self.clock() + self.config.connect_timeout_s
-        outcomes = await asyncio.gather(
-            *(self._open(device, deadline_s) for device in self._devices)
-        )
-        refused = [outcome for outcome in outcomes if outcome is not None]
-        if refused:
-            raise Unavailable(
-                f"{len(refused)} of {len(self._devices)} devices got no stream from "
-                f"{self.config.base_url} within {self.config.connect_timeout_s:g} s: {refused[0]}"
-            )
-
-    async def _open(self, device: FleetDevice, deadline_s: float) -> str | None:
-        """Open one stream, with back-off; say why if it can't be done by then."""
-        attempt = 0
-        while True:
-            async with self._gate:
-                try:
-                    await ws_connect(
-                        lambda: device,
-                        self.config.stream_url(self.model),
-                        ssl_context=self._ssl,
-                        extra_headers=self._headers,
-                        logger_name=_quiet,
-                        websocket_handshake_timeout=_HANDSHAKE_S,
-                        max_frame_size=1 << 26,
-                        read_buffer_init_size=_READ_BUFFER_BYTES,
-                    )
-                    return None
-                except (TimeoutError, OSError, WSError) as error:
-                    reason = str(error) or type(error).__name__
-            attempt += 1
-            pause_s = backoff_s(attempt, self._random)
-            if self._closing or self.clock() + pause_s > deadline_s:
-                return reason
-            await asyncio.sleep(pause_s)
-
-    async def _reopen(self, device: FleetDevice) -> None:
-        # A cloud that sends a device away as soon as it comes is not asked again at once.
-        if not device.moved or self.clock() - device.opened_s < _SHORT_S:
-            await asyncio.sleep(backoff_s(1, self._random))
-        if await self._open(device, float("inf")) is None:
-            self.counters.reconnects += 1
+        await self._streams.connect()
 
     def on_connected(self, device: FleetDevice) -> None:
         """Send what waited for the stream."""
-        self._connected += 1
-        device.opened_s = self.clock()
+        if not self._streams.on_connected(device):
+            return
         waiting, device.waiting = device.waiting, []
         for flight in waiting:
             if flight.inference is not None:
@@ -258,8 +155,7 @@ class Shard:
 
     def on_lost(self, device: FleetDevice) -> None:
         """Keep the unanswered messages for the next stream, as far as the retry budget goes."""
-        self._connected -= 1
-        if self._closing:
+        if not self._streams.on_lost(device):
             return
         for flight in list(device.flights):
             if flight.sent and self._flights.pop(flight.request_id, None) is not None:
@@ -272,17 +168,13 @@ class Shard:
                     device.waiting.append(flight)
                 else:
                     self._end(flight, result.CONNECTION)
-        self._spawn(self._reopen(device))
+        self._streams.reopen(device)
 
-    def _spawn(self, work: Any) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._on_task_done)
-
-    def _on_task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and isinstance(error := task.exception(), Exception):
-            self.on_crash(error)
+    def _give_up(self, device: FleetDevice) -> None:
+        """End what a device has under way: it goes."""
+        device.waiting.clear()
+        for flight in list(device.flights):
+            self._end(flight, result.CANCELLED)
 
     # --- the run ------------------------------------------------------------------------------
 
@@ -293,17 +185,21 @@ class Shard:
         self._start_s = start_s
         await asyncio.sleep(max(0.0, start_s - self.clock()))
         self._start_cpu_s = time.process_time()
-        self._pump()
+        self._streams.start(start_s)
+        if self.schedule.closed is None:
+            self._pump()
+        else:
+            self._take_first_turns()
         self._sweep()
         try:
             await self._done
         finally:
             elapsed_s = self.clock() - start_s
             cpu_s = time.process_time() - self._start_cpu_s
-            await self._close()
-        due = int(np.searchsorted(self.schedule.due_s, self._window_s, side="left"))
+            self._timers.close()
+            await self._streams.close()
         return ShardResult(
-            self.table[:due],
+            self._due(),
             self._answered,
             self.counters,
             cpu_s,
@@ -311,6 +207,13 @@ class Shard:
             self._window_s,
             elapsed_s,
         )
+
+    def _due(self) -> result.Table:
+        """The rows of what fell due."""
+        if self.schedule.closed is None:
+            return self.table[: np.searchsorted(self.schedule.due_s, self._window_s, side="left")]
+        table = self.table[: self._rows]
+        return table[table["scheduled_s"] < self._window_s]
 
     def stop(self) -> None:
         """Interrupt the run: nothing more falls due, what is under way is given up."""
@@ -326,6 +229,10 @@ class Shard:
             self._column["status"][self._next : due] = result.STOPPED
             self._next = len(self.schedule)
             self._measure_cpu()
+        if self._thinking:
+            self._column["status"][list(self._thinking)] = result.STOPPED
+            self._thinking.clear()
+            self._measure_cpu()
         self._finish_if_over()
 
     def _measure_cpu(self) -> None:
@@ -339,7 +246,7 @@ class Shard:
         return Progress(
             self.number,
             max(0.0, self.clock() - self._start_s) if started else 0.0,
-            self._connected,
+            self._streams.connected,
             self._under_way,
             self.counters,
             latencies_s,
@@ -349,6 +256,8 @@ class Shard:
 
     def _settle(self) -> Settled:
         """Tell of the rows up to the oldest inference under way, since the last call."""
+        if self.schedule.closed is not None:  # nobody knows what is due
+            return settled(self.table[:0], 0.0)
         due_s, end = self.schedule.due_s, self._next
         for flight in self._deadlines:
             if flight.inference is not None:
@@ -357,6 +266,13 @@ class Shard:
         start, self._settled = self._settled, end
         until_s = float(due_s[end]) if end < len(due_s) else self._window_s
         return settled(self.table[start:end], until_s)
+
+    @property
+    def begun(self) -> int:
+        """How many rows of the table have begun: those before this place."""
+        if self.schedule.closed is None:
+            return self._next
+        return min(self._thinking, default=self._rows)
 
     def on_crash(self, error: Exception) -> None:
         """End the run: the simulator itself failed, and a report would be made up."""
@@ -369,18 +285,6 @@ class Shard:
             return  # a broken socket: its stream reports itself lost
         self.on_crash(error if isinstance(error, Exception) else RuntimeError(context["message"]))
 
-    async def _close(self) -> None:
-        self._closing = True
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for device in self._devices:
-            device.leave()
-        for _ in range(100):  # a second is enough for sockets that still work
-            if self._connected <= 0:
-                break
-            await asyncio.sleep(0.01)
-
     def _pump(self) -> None:
         """Begin what is due, then sleep until the next is."""
         due_s, loop = self.schedule.due_s, asyncio.get_running_loop()
@@ -390,7 +294,7 @@ class Shard:
                 return
             wait_s = self._start_s + due_s[self._next] - self.clock()
             if wait_s > 0:
-                loop.call_later(max(wait_s, _TICK_S), self._pump)
+                loop.call_later(max(wait_s, TICK_S), self._pump)
                 return
             position, self._next = self._next, self._next + 1
             self._begin(position)
@@ -399,19 +303,44 @@ class Shard:
         loop.call_soon(self._pump)
 
     def _begin(self, position: int) -> None:
-        due_s = self._start_s + self.schedule.due_s[position]
-        device = self._devices[int(self.schedule.device[position]) // self.shards]
-        flight = Flight(position, device, due_s + self.config.timeout_s)
+        column, config = self._column, self.config
+        due_s = self._start_s + float(column["scheduled_s"][position])
+        index = int(column["index"][position])
+        device = self._devices[int(column["device"][position]) // self.shards]
+        flight = Flight(position, index, device, due_s + config.timeout_s)
         device.flights.add(flight)
         self._deadlines.append(flight)
         self._under_way += 1
         self.counters.begun += 1
-        flight.inference = self.workload.start(int(self.schedule.index[position]))
-        self._ask(flight, next(flight.inference))
-        self._column["lag_s"][position] = self.clock() - due_s
-        self._send(flight)
+        if device.away and device.toggle_s > due_s:  # it has gone between the two
+            column["lag_s"][position] = self.clock() - due_s
+            self._end(flight, result.CANCELLED)
+            return
+        if config.cancel is not None and config.cancel.has(config.seed, index):
+            self._timers.at(due_s + config.cancel.after_s, self._cancel, flight)
+        flight.inference = self.workload.start(index % self._distinct)
+        self._ask_first(flight, flight.inference, due_s)
 
-    def _ask(self, flight: Flight, question: Round) -> None:
+    def _ask_first(self, flight: Flight, inference: Inference, due_s: float) -> None:
+        column, position, device = self._column, flight.position, flight.device
+        stages = self.workload.stages
+        if stages is not None:
+            stages.clear()
+        question = next(inference)
+        if device.times is not None:
+            column["lag_s"][position] = self.clock() - due_s  # until it has left
+            column["stem_s"][position] = stem_s = device.times.stem_s or 0.0
+            self._prepare(flight, question, due_s + stem_s, device.times)
+            return
+        if stages is not None:
+            column["mix_s"][position] = stages.mix_s
+        column["encode_s"][position] = self._ask(flight, question, None)
+        column["lag_s"][position] = self.clock() - due_s
+        self._hand_over(flight)
+
+    def _ask(self, flight: Flight, question: Round, at_s: float | None) -> float:
+        """Make a message, at a device's own time where it has one; return what that took."""
+        begun_s = self.clock()
         flight.block = question.block
         flight.request_id = f"{self._nonce}-{flight.position:x}-{question.block:x}"
         flight.sent = False
@@ -420,10 +349,57 @@ class Shard:
             question.features,
             request_id=flight.request_id,
             block=question.block,
-            deadline_s=flight.deadline_s - self.clock(),
+            deadline_s=flight.deadline_s - (begun_s if at_s is None else at_s),
         )
+        return self.clock() - begun_s
+
+    def _prepare(self, flight: Flight, question: Round, at_s: float, times: Times) -> None:
+        """Mix and make the message of a device with a profile, from its time ``at_s`` on."""
+        stages = self.workload.stages
+        mix_s = times.mix_s
+        if mix_s is None:
+            mix_s = 0.0 if stages is None else stages.mix_s
+        self._column["mix_s"][flight.position] += mix_s
+        encode_s = self._ask(flight, question, at_s + mix_s)
+        if times.encode_s is not None:
+            encode_s = times.encode_s
+        self._column["encode_s"][flight.position] += encode_s
+        self._set_out(flight, at_s + mix_s + encode_s)
 
     def _send(self, flight: Flight) -> None:
+        """Send a message, again or late: from now on, where the device has a link to go by."""
+        if flight.device.times is None:
+            self._hand_over(flight)
+        else:
+            self._set_out(flight, max(flight.ready_s, self.clock()))
+
+    def _set_out(self, flight: Flight, ready_s: float) -> None:
+        """Put a message that is ready at ``ready_s`` on the device's link."""
+        device, position = flight.device, flight.position
+        flight.ready_s = leave_s = ready_s
+        if device.transport is None:
+            device.waiting.append(flight)
+            return
+        if device.traffic is not None:
+            turn = (flight.block << 16) + flight.attempts
+            leave_s = device.traffic.up(ready_s, len(flight.message), flight.index, turn)
+            self._column["uplink_s"][position] += leave_s - ready_s
+        flight.held = True
+        if leave_s > self.clock():
+            self._timers.at(leave_s, self._leave, flight, leave_s)
+        else:
+            self._leave(flight, leave_s)
+
+    def _leave(self, flight: Flight, leave_s: float) -> None:
+        """Let a message out of the simulated link, onto the real one."""
+        flight.held = False
+        if flight.inference is None:
+            return
+        if np.isnan(self._column["sent_s"][flight.position]):
+            self._column["lag_s"][flight.position] = self.clock() - leave_s
+        self._hand_over(flight)
+
+    def _hand_over(self, flight: Flight) -> None:
         device = flight.device
         if device.transport is None:
             device.waiting.append(flight)
@@ -446,6 +422,8 @@ class Shard:
 
     def on_message(self, device: FleetDevice, body: bytes) -> None:
         """Match an answer to its question, and go on with that inference."""
+        if device.slow:
+            self._streams.on_read(device)
         try:
             response = wire.decode_response(body)
         except (WireError, TooLarge):
@@ -460,17 +438,40 @@ class Shard:
             return
         del self._flights[response.request_id]
         self._column["bytes_down"][flight.position] += len(body)
+        if device.traffic is None:
+            self._react(flight, response, self.clock() if device.times is not None else 0.0)
+            return
+        # What has left the cloud arrives, also where the stream is lost meanwhile.
+        now_s = self.clock()
+        device.answers += 1
+        there_s = device.traffic.down(now_s, len(body), device.number, device.answers)
+        self._column["downlink_s"][flight.position] += there_s - now_s
+        flight.held = True
+        self._timers.at(there_s, self._arrive, flight, response, there_s)
+
+    def _arrive(self, flight: Flight, response: wire.Response, at_s: float) -> None:
+        """Let an answer out of the simulated link."""
+        flight.held = False
+        if flight.inference is None:
+            self.counters.late += 1
+        else:
+            self._react(flight, response, at_s)
+
+    def _react(self, flight: Flight, response: wire.Response, at_s: float) -> None:
         if response.status == result.OK:
-            self._answer(flight, response)
+            self._answer(flight, response, at_s)
         elif _is_retryable(response.status):
             self._retry(flight, response.status, response.retry_after_s)
         else:
             self._end(flight, response.status)
 
-    def _answer(self, flight: Flight, response: wire.Response) -> None:
+    def _answer(self, flight: Flight, response: wire.Response, at_s: float) -> None:
         position, column, inference = flight.position, self._column, flight.inference
         if inference is None:
             return
+        stages, times = self.workload.stages, flight.device.times
+        if stages is not None:
+            stages.clear()
         try:
             if response.block != flight.block:
                 raise AnswerError(f"block {response.block} answered, expected {flight.block}")
@@ -479,14 +480,44 @@ class Shard:
             self._count_answer(position, response)
             column["correct"][position] = end.value.correct
             column["correct_local"][position] = end.value.correct_local
-            self._end(flight, result.WRONG if end.value.wrong else result.OK)
+            status = result.WRONG if end.value.wrong else result.OK
+            if stages is not None or times is not None:
+                at_s = self._restored_s(flight, at_s, last=True)
+            if times is None:
+                self._end(flight, status)
+            elif at_s > self.clock():
+                flight.held = True
+                self._timers.at(at_s, self._end, flight, status, at_s)
+            else:
+                self._end(flight, status, at_s)
             return
         except AnswerError:
             self._end(flight, result.ANSWER)
             return
         self._count_answer(position, response)
-        self._ask(flight, question)
-        self._send(flight)
+        if stages is not None or times is not None:
+            at_s = self._restored_s(flight, at_s, last=False)
+        if times is not None:
+            self._prepare(flight, question, at_s, times)
+            return
+        if stages is not None:
+            column["mix_s"][position] += stages.mix_s
+        column["encode_s"][position] += self._ask(flight, question, None)
+        self._hand_over(flight)
+
+    def _restored_s(self, flight: Flight, at_s: float, *, last: bool) -> float:
+        """Book de-mixing, and the head after the last round; return when they are done."""
+        stages, times, column = self.workload.stages, flight.device.times, self._column
+        demix_s, head_s = (0.0, 0.0) if stages is None else (stages.demix_s, stages.head_s)
+        if times is not None and times.demix_s is not None:
+            demix_s = times.demix_s
+        if times is not None and times.head_s is not None:
+            head_s = times.head_s
+        column["demix_s"][flight.position] += demix_s
+        if last:
+            column["head_s"][flight.position] = head_s
+            return at_s + demix_s + head_s
+        return at_s + demix_s
 
     def _count_answer(self, position: int, response: wire.Response) -> None:
         column, counters, rows = self._column, self.counters, len(response.features)
@@ -514,7 +545,7 @@ class Shard:
         except (ValueError, IndexError):
             self.counters.unmatched += 1
             return
-        if status == result.TIMEOUT:
+        if status in (result.TIMEOUT, result.CANCELLED):
             self.counters.late += 1
         else:
             self.counters.duplicates += 1
@@ -558,37 +589,104 @@ class Shard:
 
     def _why_late(self, flight: Flight) -> int:
         """Name what kept an inference from its answer until the deadline."""
-        if flight.sent and flight.request_id in self._flights:
+        if flight.held or (flight.sent and flight.request_id in self._flights):
             return result.TIMEOUT
         if flight.status:
             return flight.status
         never = np.isnan(self._column["sent_s"][flight.position])
         return result.UNSENT if never else result.CONNECTION
 
-    def _end(self, flight: Flight, status: int) -> None:
-        """Write down how an inference ended."""
-        position = flight.position
-        done_s = self.clock() - self._start_s
+    def _cancel(self, flight: Flight) -> None:
+        if flight.inference is not None:
+            self._end(flight, result.CANCELLED)
+
+    def _end(self, flight: Flight, status: int, at_s: float | None = None) -> None:
+        """Write down how an inference ended, now or at ``at_s``; nothing ends twice."""
+        if flight.ended:
+            return
+        flight.ended = True
+        position, device = flight.position, flight.device
+        done_s = (self.clock() if at_s is None else at_s) - self._start_s
         self._column["done_s"][position] = done_s
         self._column["status"][position] = status
         if status == result.OK:
             self.counters.ok += 1
-            self._latencies_s.append(done_s - float(self.schedule.due_s[position]))
+            self._latencies_s.append(done_s - float(self._column["scheduled_s"][position]))
+        elif status == result.CANCELLED:
+            self.counters.cancelled += 1
         else:
             self.counters.failed += 1
         self._flights.pop(flight.request_id, None)
-        flight.device.flights.discard(flight)
+        device.flights.discard(flight)
         if flight.inference is not None:
             flight.inference.close()
             flight.inference = None
         flight.message = b""
         self._under_way -= 1
+        if self.schedule.closed is not None:
+            self._think(device, done_s, self.schedule.closed)
         self._finish_if_over()
 
     def _finish_if_over(self) -> None:
-        over = self._next >= len(self.schedule) and self._under_way == 0
+        over = self._next >= len(self.schedule) and self._under_way == 0 and not self._thinking
         if over and not self._done.done():
             self._done.set_result(None)
+
+    # --- a closed loop ------------------------------------------------------------------------
+
+    def _take_first_turns(self) -> None:
+        for position, due_s in enumerate(self.schedule.due_s.tolist()):
+            self._thinking.add(position)
+            self._timers.at(self._start_s + due_s, self._take_turn, position)
+        self._next = len(self.schedule)
+        self._timers.at(self._start_s + self._window_s, self._measure_cpu)
+        self._finish_if_over()
+
+    def _think(self, device: FleetDevice, done_s: float, law: Closed) -> None:
+        """Let a device think after an inference has ended, and write down what is due then."""
+        device.turns += 1
+        due_s = done_s + law.thought_s(self.config.seed, device.number, device.turns)
+        if device.away:
+            due_s = max(due_s, device.toggle_s - self._start_s)
+        if due_s >= self._window_s:
+            return
+        if self._rows == len(self.table):
+            self.table = result.grow(self.table)
+            self._column = _views(self.table)
+        position, self._rows = self._rows, self._rows + 1
+        column = self._column
+        column["index"][position] = device.turns * self.config.devices + device.number
+        column["device"][position] = device.number
+        column["scheduled_s"][position] = due_s
+        column["profile"][position] = device.profile
+        self._thinking.add(position)
+        when_s = self._start_s + due_s
+        if when_s > self.clock():
+            self._timers.at(when_s, self._take_turn, position)
+        else:
+            asyncio.get_running_loop().call_soon(self._take_turn, position)
+
+    def _take_turn(self, position: int) -> None:
+        """Begin what a device owes, once it is there."""
+        if position not in self._thinking:
+            return  # stopped
+        device = self._devices[int(self._column["device"][position]) // self.shards]
+        due_s = device.toggle_s - self._start_s
+        if device.away and due_s < self._window_s:
+            self._column["scheduled_s"][position] = due_s
+            self._timers.at(device.toggle_s, self._take_turn, position)
+            return
+        self._thinking.discard(position)
+        if device.away:  # it comes back after the end: this never falls due
+            self._column["scheduled_s"][position] = np.inf
+            self._finish_if_over()
+        else:
+            self._begin(position)
+
+
+def _views(table: result.Table) -> dict[str, Any]:
+    """Each column; writing through a view of one costs half of writing through the row."""
+    return {name: table[name] for name in result.COLUMNS.names or ()}
 
 
 def _is_retryable(status: int) -> bool:

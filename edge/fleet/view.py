@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from edge.fleet.profiles import STAGES
 from edge.fleet.report import Percentiles, Summary
 from edge.fleet.run import FleetProgress
 
@@ -73,7 +74,11 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
         ("workload", f"{summary.workload}, mode {summary.mode}, model {summary.model}"),
         ("an inference", f"{summary.group_size} rows, {summary.rounds} rounds"),
         ("ran for", f"{summary.duration_s:.1f} s, the last answer after {summary.elapsed_s:.1f} s"),
-        ("offered", f"{summary.offered_rate:.1f} requests/s"),
+        ("arrivals", f"{summary.arrivals}, {summary.loop} loop"),
+        (
+            "offered" if summary.loop == "open" else "asked (CLOSED LOOP: a slow cloud less)",
+            f"{summary.offered_rate:.1f} requests/s",
+        ),
         ("throughput", f"{summary.throughput:.1f} requests/s, {summary.rows_per_s:.0f} rows/s"),
         ("inferences answered right", f"{summary.ok} of {summary.inferences}"),
         ("failed", failed or "0"),
@@ -100,6 +105,17 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
             f"{_kb(summary.bytes_up_per_input)} up, {_kb(summary.bytes_down_per_input)} down",
         ),
     ]
+    if summary.profiles:
+        kinds = ", ".join(f"{kind['share']:.0%} {kind['name']}" for kind in summary.profiles)
+        figures.append(("profiles", kinds))
+        steps = {step: getattr(summary, step) for step in STAGES}
+        figures.append(("on the device", ", ".join(f"{k}: {v}" for k, v in steps.items())))
+    if summary.cancelled:
+        figures.append(("cancelled by the device", str(summary.cancelled)))
+    if summary.left or summary.dropped:
+        figures.append(
+            ("devices left, came, dropped", f"{summary.left}, {summary.came}, {summary.dropped}")
+        )
     if summary.stopped:
         figures.insert(1, ("interrupted", f"{summary.stopped} inferences under way were given up"))
     if summary.accuracy_cloud is not None:

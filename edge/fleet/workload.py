@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 from datamix.errors import AnswerError
 from datamix.wire import Response
+from edge.fleet.stages import Stages, TimedDevice, TimedMode
+from edge.modes import Mix
 from edge.session import Device, Round, infer_group
 
 if TYPE_CHECKING:
@@ -52,6 +54,11 @@ class Workload(Protocol):
     rows: int
     rounds: int
 
+    @property
+    def stages(self) -> Stages | None:
+        """How long the device's steps took since it was cleared; None where none run."""
+        ...
+
     def start(self, index: int) -> Inference:
         """Begin the fleet's inference number ``index``."""
         ...
@@ -65,6 +72,7 @@ class EchoWorkload:
     """
 
     rounds = 1
+    stages: Stages | None = None
     _POOL = 64  # messages of noise to choose from; what differs is stamped onto a copy
     _DIGIT = 1024  # float16 holds whole numbers exactly up to 2048
 
@@ -170,7 +178,9 @@ class BundleWorkload:
         """
         self.rows = device.manifest.group_size
         self.rounds = len(device.manifest.blocks)
-        self._device = device
+        self.stages: Stages | None = Stages()
+        self._device: Device = TimedDevice(device, self.stages)
+        self._mode = TimedMode(Mix(), self.stages)
         self._features = features
         self._labels = labels
         self._choice = choice
@@ -197,7 +207,7 @@ class BundleWorkload:
     ) -> Generator[Round, Response, tuple[Floats, bool]]:
         """Take one group through its rounds; return its outputs, and whether an answer differed."""
         wrong = False
-        inference = infer_group(device, self._features[chosen])
+        inference = infer_group(device, self._features[chosen], self._mode)
         question = next(inference)
         while True:
             response = yield question
