@@ -62,6 +62,13 @@ def capacity(
     ] = 10_000,
     processes: Processes = 1,
     seed: Seed = 0,
+    arrivals: Annotated[
+        str, typer.Option(help="poisson, constant or gamma:shape=0.25, over all devices.")
+    ] = "poisson",
+    profiles: Annotated[
+        str | None,
+        typer.Option(help="Kinds of devices: phone/4g:0.7,laptop/wifi:0.3, or a YAML file."),
+    ] = None,
     workload: Workload = "bundle",
     verify: Verify = True,
     rows: Rows = 4,
@@ -74,6 +81,7 @@ def capacity(
     ] = False,
 ) -> None:
     """Find how many devices a cloud carries within an objective, and what limits it."""
+    from edge.fleet import profiles as kinds
     from edge.fleet.capacity import Fleet
     from edge.fleet.capacity_command import default_timeout_s, run_capacity
     from edge.fleet.config import FleetConfig
@@ -87,6 +95,8 @@ def capacity(
         inputs=inputs,
         processes=processes,
         seed=seed,
+        pacer=arrivals,
+        profiles=() if profiles is None else kinds.read(profiles),
         workload=workload,
         verify=verify,
         rows=rows,

@@ -223,8 +223,18 @@ def test_what_is_found_is_shown() -> None:
     json.dumps(found.as_dict(), allow_nan=False)
 
 
-@pytest.mark.parametrize("bad", [{"rate_per_device": 0.0}, {"most_streams": 0}])
-def test_devices_that_nobody_can_count_are_refused(bad: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"rate_per_device": 0.0},
+        {"most_streams": 0},
+        *(
+            {"base": FleetConfig(url="http://cloud", workload="echo", pacer=pacer)}
+            for pacer in ("closed:think_s=1", "ramp:to=400", "diurnal:depth=0.8")
+        ),
+    ],
+)
+def test_devices_that_nobody_can_count_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="expected"):
         make_fleet(**bad)
 

@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.fleet import pacing, result
+from edge.fleet.config import FleetConfig
+from edge.fleet.run import record
 from edge.fleet.settled import Merge, Settled, settled
+from tests.fake_cloud import FakeCloud, running
 
 
 @given(
@@ -45,3 +48,31 @@ def test_only_right_answers_have_a_latency() -> None:
     found = settled(table, 1.0)
     np.testing.assert_allclose(found.latency_s, [0.1, np.inf, np.inf, np.inf, np.inf])
     np.testing.assert_allclose(found.due_s, [0.0, 0.2, 0.4, 0.6, 0.8])
+
+
+def test_a_watched_run_of_two_processes_ends_when_that_is_enough() -> None:
+    seen: list[Settled] = []
+
+    def watch(news: Settled) -> bool:
+        seen.append(news)
+        return news.until_s > 0.7
+
+    with running(FakeCloud()) as cloud:
+        run = record(
+            FleetConfig(
+                url=cloud.url,
+                workload="echo",
+                devices=6,
+                rate=200,
+                duration_s=30,
+                processes=2,
+                pacer="constant",
+            ),
+            watch=watch,
+        )
+    assert 0.7 < run.window_s < 20 and not run.interrupted
+    due_s = np.concatenate([news.due_s for news in seen])
+    np.testing.assert_allclose(due_s, np.arange(len(due_s)) / 200)  # nothing twice, nothing missed
+    latency_s = np.concatenate([news.latency_s for news in seen])
+    table = run.table[: len(due_s)]
+    np.testing.assert_allclose(latency_s, table["done_s"] - table["scheduled_s"])

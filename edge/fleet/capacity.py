@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from datamix.errors import ConfigError, Unavailable
-from edge.fleet import limiting, result
+from edge.fleet import arrivals, limiting, result
 from edge.fleet.config import FleetConfig
 from edge.fleet.limiting import NONE, Limit
 from edge.fleet.report import Run, Summary, summarise
@@ -27,6 +27,8 @@ from edge.fleet.verdict import Judge, Verdict
 
 _SPOILED = 3  # probes in a row that the generator and not the cloud has failed
 
+_STEADY = (arrivals.Poisson, arrivals.Constant, arrivals.Gamma)
+
 Recorder = Callable[[FleetConfig, OnProgress | None, Callable[[Settled], bool]], Run]
 
 
@@ -35,7 +37,8 @@ class Fleet:
     """The devices of every probe.
 
     Attributes:
-        base: what they run and where; its rate, duration, devices, seed and timeout are not read.
+        base: what they run and where, and how they come; its rate, duration, devices, seed and
+            timeout are not read.
         rate_per_device: inferences per second of one of them.
         most_streams: devices that are really connected at most; each of those then stands for
             several.
@@ -53,6 +56,11 @@ class Fleet:
             raise ConfigError(f"rate per device is {self.rate_per_device}, expected more than 0")
         if self.most_streams < 1:
             raise ConfigError(f"most streams is {self.most_streams}, expected at least 1")
+        if not isinstance(arrivals.parse(self.base.pacer), _STEADY):
+            raise ConfigError(
+                f"arrivals are {self.base.pacer!r}, expected poisson, constant or gamma: a rate "
+                "that changes, or that answers have a say in, is no load to find a capacity with"
+            )
 
     def devices(self, rate: float) -> int:
         """How many devices make that rate."""

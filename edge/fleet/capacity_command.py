@@ -88,6 +88,8 @@ def settings(fleet: Fleet, plan: Plan, seed: int) -> dict[str, Any]:
         "url": base.base_url,
         "bundle": base.bundle,
         "workload": base.workload,
+        "arrivals": base.pacer,
+        "profiles": [str(profile) for profile in base.profiles],
         "rows": base.rows,
         "objective": str(plan.objective),
         "rate_per_device": fleet.rate_per_device,

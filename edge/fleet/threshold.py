@@ -35,8 +35,8 @@ def _lag(name: str) -> Callable[[Summary], float | None]:
 
 
 def error_rate(summary: Summary) -> float | None:
-    """Share of the inferences that had no right answer; those that Ctrl-C stopped do not count."""
-    ended = summary.inferences - summary.stopped
+    """Share of inferences without a right answer; what was stopped or cancelled does not count."""
+    ended = summary.inferences - summary.stopped - summary.cancelled
     return (ended - summary.ok) / ended if ended else None
 
 
