@@ -44,6 +44,7 @@ class Queue:
     """Runs a fleet against the queue; ``most`` streams, and a generator that lags above a rate."""
 
     lags_above: float = float("inf")
+    link_s: float = 0.0
     most: int = 1 << 30
     interrupt_after: int = 1 << 30
     configs: list[FleetConfig] = field(default_factory=list)
@@ -57,7 +58,7 @@ class Queue:
         plan = pacing.schedule(
             config.pacer, config.rate, config.duration_s, config.devices, config.seed
         )
-        due_s, latency_s = plan.due_s, QUEUE.follow(plan.due_s)
+        due_s, latency_s = plan.due_s, QUEUE.follow(plan.due_s) + self.link_s
         lag_s = 0.2 if config.rate > self.lags_above else 0.001
         until_s, over = 0.0, False
         while watch is not None and not over and until_s < config.duration_s:
@@ -72,7 +73,8 @@ class Queue:
         table["lag_s"], table["compute_s"] = lag_s, 0.04
         table["done_s"] = due_s[:rows] + latency_s[:rows] + lag_s
         table["sent_s"] = due_s[:rows] + lag_s
-        table["queue_s"] = latency_s[:rows] - 0.04
+        table["queue_s"] = latency_s[:rows] - 0.04 - self.link_s
+        table["uplink_s"] = self.link_s
         return replace(
             run,
             config=config,
@@ -154,6 +156,13 @@ def test_streams_that_are_not_opened_end_the_search_with_the_clouds_words() -> N
     assert "got no stream" in found.limit.sentence and found.rate_low == 32
     with pytest.raises(Unavailable):
         search(Queue(most=1))
+
+
+def test_links_that_alone_take_too_long_end_the_search_soon() -> None:
+    found = search(Queue(link_s=0.2))
+    assert found.ended == "elsewhere" and found.exit_code == 1 and len(found.probes) == 2
+    assert found.limit.name == "link" and "no cloud" in found.limit.sentence
+    show_capacity(found, Console(file=io.StringIO()))
 
 
 def test_ctrl_c_gives_what_is_known() -> None:

@@ -27,6 +27,7 @@ from edge.fleet.verdict import Judge, Verdict
 
 _SPOILED = 3  # probes in a row that the generator and not the cloud has failed
 
+_ELSEWHERE = ("device", "link")  # what takes its time whatever the load
 _STEADY = (arrivals.Poisson, arrivals.Constant, arrivals.Gamma)
 
 Recorder = Callable[[FleetConfig, OnProgress | None, Callable[[Settled], bool]], Run]
@@ -154,7 +155,8 @@ class Capacity:
         failed_rate: the smallest that failed by its own; None likewise.
         limit: what is in the way of more.
         ended: ``found``, ``probes`` (their number is used up), ``top`` (all that was asked for
-            passed), ``bottom`` (not even the least rate passed), ``generator``, ``streams`` (more
+            passed), ``bottom`` (not even the least rate passed), ``elsewhere`` (nothing passed, as
+            the simulated devices or links alone take too long), ``generator``, ``streams`` (more
             were not opened) or ``interrupted``.
         probes: in the order they were made.
     """
@@ -188,7 +190,8 @@ class Capacity:
     @property
     def exit_code(self) -> int:
         """0: found, or all that was asked for passed; 1: none is carried; 3: not known."""
-        return {"found": 0, "top": 0, "bottom": 1, "interrupted": 130}.get(self.ended, 3)
+        codes = {"found": 0, "top": 0, "bottom": 1, "elsewhere": 1, "interrupted": 130}
+        return codes.get(self.ended, 3)
 
 
 def probe(
@@ -305,6 +308,8 @@ def measure(
         spoiled = 0 if _counts(found, plan) else spoiled + 1
         if spoiled >= _SPOILED:
             ended = "generator"
+        elif len(probes) > 1 and all(_is_elsewhere(one, plan) for one in probes):
+            ended = "elsewhere"
         on_probe(conclude(probes, plan, fleet, model, ended or "interrupted"))
     known = conclude(probes, plan, fleet, model, ended)
     return known if trouble is None else dataclasses.replace(known, limit=trouble)
@@ -313,6 +318,11 @@ def measure(
 def _counts(one: Probe, plan: Plan) -> bool:
     """Whether a probe says something of the cloud: one that passes does, however it was made."""
     return one.limit.name != "generator" or one.tried.passes(plan.objective.allowed)
+
+
+def _is_elsewhere(one: Probe, plan: Plan) -> bool:
+    """Whether a probe failed by what no cloud, and no smaller load, makes shorter."""
+    return one.limit.name in _ELSEWHERE and not one.tried.passes(plan.objective.allowed)
 
 
 def _seed(seed: int, number: int) -> int:

@@ -15,6 +15,7 @@ _ENDED = {
     "probes": "the number of probes is used up",
     "top": "all that was asked for is carried; the cloud may carry more",
     "bottom": "not even the least rate meets the objective",
+    "elsewhere": "devices or links alone take longer than the objective, whatever the load",
     "generator": "the generator is the limit, so nothing is known beyond",
     "streams": "no more devices were connected",
     "interrupted": "it was interrupted",
