@@ -27,7 +27,10 @@ def start(name: str, **options: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def start_saying(name: str, **options: Any) -> Iterator[dict[str, Any]]:
-    """Start a cluster, also ``transports``; yields all it says of itself; its mark is ``name``."""
+    """Start a cluster, also ``operators`` or ``transports``; yields all that it says of itself.
+
+    Its mark is ``name``.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.clusters", name, json.dumps(options)],
         stdin=subprocess.PIPE,
@@ -65,6 +68,15 @@ def _ours(options: dict[str, Any]) -> None:
 
     with local_cluster(Config(**options)) as running:
         _serve_until_told(running.url)
+
+
+def _operators(options: dict[str, Any]) -> None:
+    """An application for each of two operators, behind one front door."""
+    from cluster.local import local_operators
+    from deployments.config import Config
+
+    with local_operators(Config(**options), ("operator-a", "operator-b")) as urls:
+        _serve_until_told(urls[0], second=urls[1])
 
 
 def _default(options: dict[str, Any]) -> None:
@@ -123,5 +135,10 @@ def _transports(options: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    start_one = {"ours": _ours, "default": _default, "transports": _transports}[sys.argv[1]]
-    start_one(json.loads(sys.argv[2]))
+    kinds = {
+        "ours": _ours,
+        "operators": _operators,
+        "default": _default,
+        "transports": _transports,
+    }
+    kinds[sys.argv[1]](json.loads(sys.argv[2]))

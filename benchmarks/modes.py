@@ -1,25 +1,34 @@
-"""What does each mode cost the device: processor time, bytes, online and ahead of time?
+"""What does each mode cost the device: processor time, bytes, and how long an answer takes?
 
     python -m benchmarks.modes [--json FILE]
 
-One group after the other, stem to head, with the cloud's computation left out of the clock: what is
-counted is stem, protecting, encoding, restoring, bridges and head. Modes take turns within each
-round, so that a busy machine disturbs them alike.
+*Cost.* One group after the other, stem to head, with the cloud's computation left out of the clock:
+what is counted is stem, protecting, encoding, restoring, bridges and head.
+
+*Online latency.* The client against two real applications behind HAProxy, one group at a time, from
+preprocessed inputs to outputs: mix asks operator A's, split the same one, with masks of operator B
+that were all fetched before the clock starts. No mask is fetched while it runs.
+
+Modes take turns within each round, so that a busy machine disturbs them alike; in the second part
+after each inference.
 """
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import report
+from benchmarks import clusters, report
 from datamix import wire
 from datamix.bundle import load_backbone
+from edge.client import Client, ClientConfig
 from edge.data import sample_for
 from edge.masks import draw_seeds, expand_seeds
 from edge.modes import mode_of, wire_dtype
@@ -30,6 +39,7 @@ from edge.splitting import local_masks
 
 ROOT = Path(__file__).parents[1]
 BUNDLES = ("fashion-mnist-mix", "fashion-mnist-one-round", "speech-commands-mix")
+LATENCY_MODES = ("mix", "split")
 
 
 def run(bundle: str, rounds: int) -> list[dict[str, Any]]:
@@ -104,11 +114,86 @@ def _masks(blocks: Any, shapes: Any, size: int) -> tuple[Any, float]:
     return local_masks(list(blocks), shapes, size), spent_s
 
 
+class _Prepared(TorchDevice):
+    """A device whose inputs are preprocessed already: log-mel takes longer than all the rest, and
+    would hide what a mode adds."""
+
+    def preprocess(self, raw: Any) -> Any:
+        """Nothing is left to do."""
+        return raw
+
+
+def latency(
+    bundle: str, urls: tuple[str, str], rounds: int, inferences: int
+) -> dict[str, list[float]]:
+    """Median seconds of an inference of one group in each round, for each mode."""
+    path = ROOT / "bundles" / bundle
+    device = _Prepared(path)
+    size = device.manifest.group_size
+    raw = sample_for(device.manifest.preprocessing).inputs[: size * inferences]
+    inputs = TorchDevice(path).preprocess(raw)
+    groups = [inputs[at : at + size] for at in range(0, len(inputs) - size + 1, size)]
+    # More than are used in a round, so that the pool is not refilled while the clock runs.
+    config = ClientConfig(masks_ahead=2 * len(groups) + 2)
+
+    async def go() -> dict[str, list[float]]:
+        medians: dict[str, list[float]] = {mode: [] for mode in LATENCY_MODES}
+        options: dict[str, Any] = {"second": urls[1], "allow_same_operator": True}
+        async with (
+            Client(urls[0], device, mode="mix", config=config) as mix,
+            Client(urls[0], device, mode="split", config=config, **options) as split,
+        ):
+            clients = dict(zip(LATENCY_MODES, (mix, split), strict=True))
+            assert split.masks_from is not None
+            for number in range(rounds + 1):
+                await split.prefetch()
+                asked = split.masks_from.requests
+                took_s: dict[str, list[float]] = {mode: [] for mode in LATENCY_MODES}
+                for index, group in enumerate(groups):
+                    for mode in LATENCY_MODES if index % 2 else LATENCY_MODES[::-1]:
+                        start_s = time.perf_counter()
+                        await clients[mode].infer(group)
+                        took_s[mode].append(time.perf_counter() - start_s)
+                if split.masks_from.requests != asked:
+                    raise RuntimeError("masks were fetched while the clock ran")
+                if number:  # the first is for warming up
+                    for mode in LATENCY_MODES:
+                        medians[mode].append(statistics.median(took_s[mode]))
+        return medians
+
+    return asyncio.run(go())
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> tuple[float, float, float]:
+    """Median over rounds of the ratio within a round, and its 95% interval by bootstrap."""
+    ratios = np.divide(over, under)
+    drawn = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+    return float(np.median(ratios)), float(low), float(high)
+
+
+def latencies(rounds: int, inferences: int) -> dict[str, dict[str, list[float]]]:
+    """:func:`latency` of every bundle, by one pair of applications that serves them all."""
+    config = {"bundle": [str(ROOT / "bundles" / bundle) for bundle in BUNDLES], "threads": 1}
+    with clusters.start_saying("operators", **config) as said:
+        urls = (str(said["url"]), str(said["second"]))
+        return {bundle: latency(bundle, urls, rounds, inferences) for bundle in BUNDLES}
+
+
 def main() -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=60, help="of the cost")
+    parser.add_argument("--latency-rounds", type=int, default=30)
+    parser.add_argument("--inferences", type=int, default=50, help="of a mode in such a round")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     found = [row for bundle in BUNDLES for row in run(bundle, args.rounds)]
+    timed = latencies(args.latency_rounds, args.inferences)
+    for row in found:
+        medians = timed[row["bundle"]].get(row["mode"])
+        if medians is not None:
+            row["online_p50_ms"] = statistics.median(medians) * 1e3
+            row["latency_ratio"] = ratio(medians, timed[row["bundle"]]["mix"])
     rows = [
         {
             "bundle": row["bundle"],
@@ -120,14 +205,27 @@ def main() -> None:
             "online / mix": f"{row['online_ratio']:.2f}",
             "all / mix": f"{row['all_ratio']:.2f}",
             "uplink and seeds / mix": f"{row['uplink_ratio']:.3f}",
+            "online p50": f"{row['online_p50_ms']:.2f} ms" if "online_p50_ms" in row else "-",
+            "online p50 / mix": "{:.3f} [{:.3f}, {:.3f}]".format(*row["latency_ratio"])
+            if "latency_ratio" in row
+            else "-",
         }
         for row in found
     ]
-    notes = ["One group of the bundle's size; medians; ratios of the same round."]
+    notes = [
+        "One group of the bundle's size; medians; ratios of the same round.",
+        f"Online p50: of {args.inferences} inferences in each of {args.latency_rounds} rounds, one "
+        "after the other, through HAProxy; 95% intervals by bootstrap over rounds.",
+    ]
     two = [row for row in found if row["mode"] == "split"]
+    worst = max((row["latency_ratio"] for row in two), key=lambda three: three[0])
     figures = {
         "split_online_cpu_over_mix": max(row["online_ratio"] for row in two),
         "split_all_cpu_over_mix": max(row["all_ratio"] for row in two),
+        "split_online_p50_over_mix": worst[0],
+        "split_online_p50_over_mix_low": worst[1],
+        "split_online_p50_over_mix_high": worst[2],
+        **{f"online_p50_over_mix_{row['bundle']}": row["latency_ratio"][0] for row in two},
         **{f"uplink_over_mix_{row['bundle']}": row["uplink_ratio"] for row in two},
     }
     report.show("What a mode costs the device", rows, notes, args.json, **figures)

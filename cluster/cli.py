@@ -77,6 +77,16 @@ TokenFile = Annotated[
 CaFile = Annotated[
     Path | None, typer.Option(help="PEM file of the authorities to trust; else this machine's.")
 ]
+ModeName = Annotated[
+    str | None, typer.Option("--mode", help="mix, bounded or split; else the bundle's own.")
+]
+SecondUrl = Annotated[
+    str | None, typer.Option(help="Base URL of operator B, for split; url is operator A's.")
+]
+SecondTokenFile = Annotated[Path | None, typer.Option(help="File with operator B's bearer token.")]
+AllowSameOperator = Annotated[
+    bool, typer.Option(help="Go on where both ends have one operator: NOT private.")
+]
 
 
 def _token(file: Path | None) -> str | None:
@@ -103,10 +113,14 @@ def demo(
         str | None, typer.Option(help="Folder or URI of the bundle; else the shipped one.")
     ] = None,
     devices: Annotated[int, typer.Option(help="Devices, each with a stream of its own.")] = 2000,
-    rate: Annotated[float, typer.Option(help="Inferences (groups) per second, all devices.")] = 150,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Inferences (groups) per second, all devices; else 150, in split 75."),
+    ] = None,
     duration: Annotated[float, typer.Option(help="Seconds in which inferences fall due.")] = 20,
     seed: Annotated[int, typer.Option(help="Same seed, same schedule.")] = 0,
     processes: Annotated[int, typer.Option(help="Processes that hold the devices.")] = 1,
+    mode: ModeName = None,
     port: Annotated[int | None, typer.Option(help="The cloud's port; else a free one.")] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file.")
@@ -128,6 +142,7 @@ def demo(
                 duration_s=duration,
                 seed=seed,
                 processes=processes,
+                mode=mode,
                 port=port,
                 json_path=json_path,
                 html_path=html_path,
@@ -170,6 +185,12 @@ def serve(
     operator: Annotated[
         str, typer.Option(help="Who runs this, as devices in the mode split are told.")
     ] = "",
+    name: Annotated[
+        str, typer.Option(help="Name of the application, beside others on a running cluster.")
+    ] = "datamix",
+    prefix: Annotated[
+        str, typer.Option(help="Path under which it is found there, such as /operator-b.")
+    ] = "/",
 ) -> None:
     """Serve a bundle's backbone in the foreground; Ctrl-C takes everything down."""
     from cluster.local import absolute
@@ -190,7 +211,7 @@ def serve(
         tokens_file=None if tokens_file is None else str(tokens_file.absolute()),
         operator=operator,
     )
-    run(config, port=port, replicas=replicas, address=address)
+    run(config, port=port, replicas=replicas, address=address, name=name, prefix=prefix)
 
 
 def _config(**settings: Any) -> Config:
@@ -256,18 +277,10 @@ def infer(
         Literal["auto", "onnx", "torch"],
         typer.Option(help="What runs stem and head; auto: onnx where exported and installed."),
     ] = "auto",
-    mode: Annotated[
-        str | None, typer.Option(help="mix, bounded or split; else the bundle's own.")
-    ] = None,
-    second: Annotated[
-        str | None, typer.Option(help="Base URL of operator B, for split; url is operator A's.")
-    ] = None,
-    second_token_file: Annotated[
-        Path | None, typer.Option(help="File with operator B's bearer token.")
-    ] = None,
-    allow_same_operator: Annotated[
-        bool, typer.Option(help="Go on where both ends have one operator: NOT private.")
-    ] = False,
+    mode: ModeName = None,
+    second: SecondUrl = None,
+    second_token_file: SecondTokenFile = None,
+    allow_same_operator: AllowSameOperator = False,
     ledger: Annotated[
         Path | None, typer.Option(help="File where the bits of each input are charged.")
     ] = None,
@@ -313,14 +326,15 @@ def infer(
         outputs = client.infer(inputs)
         print(client.client.privacy, file=sys.stderr)
     classes = [device.manifest.class_names[i] for i in outputs.argmax(axis=1)]
+    not_private = client.client.not_private
     for name, found in zip(names, classes, strict=True):
-        print(f"{name}: {found}")
+        print(f"{name}: {found}{'' if not_private is None else ' (NOT PRIVATE)'}")
     if json_path is not None:
         rows = zip(names, classes, outputs.tolist(), strict=True)
         keys = ("input", "class", "outputs")
-        json_path.write_text(
-            json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1) + "\n"
-        )
+        mark = {} if not_private is None else {"not_private": not_private}
+        found_rows = [dict(zip(keys, row, strict=True)) | mark for row in rows]
+        json_path.write_text(json.dumps(found_rows, indent=1) + "\n")
 
 
 @app.command()
@@ -422,6 +436,13 @@ def simulate(
     verify: Annotated[bool, typer.Option(help="Compare every answer with the local one.")] = True,
     timeout: Annotated[float, typer.Option(help="Seconds until an inference has failed.")] = 10,
     rows: Annotated[int, typer.Option(help="Rows per message of the echo workload.")] = 4,
+    mode: ModeName = None,
+    second: SecondUrl = None,
+    second_token_file: SecondTokenFile = None,
+    allow_same_operator: AllowSameOperator = False,
+    masks_ahead: Annotated[
+        int, typer.Option(help="For split: groups that a process keeps masks ready for.")
+    ] = 64,
     threshold: Annotated[
         list[str] | None,
         typer.Option(help="A gate such as p99<100ms or error-rate<1%; several may be given."),
@@ -463,6 +484,11 @@ def simulate(
         rows=rows,
         token=_token(token_file),
         ca_file=None if ca_file is None else str(ca_file),
+        mode=mode,
+        second=second,
+        second_token=None if second_token_file is None else _token(second_token_file),
+        allow_same_operator=allow_same_operator,
+        masks_ahead=masks_ahead,
         profiles=() if profiles is None else kinds.read(profiles),
         churn=None if churn is None else behaviour.churn(churn),
         storms=tuple(behaviour.storm(text) for text in storm or ()),

@@ -19,7 +19,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -266,10 +266,64 @@ def local_ray(
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def local_operators(
+    config: Config,
+    names: Sequence[str],
+    *,
+    port: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Iterator[list[str]]:
+    """One Ray with an application for each operator, behind a route prefix of its own.
+
+    They are told apart by name only: whoever runs this machine sees what all of them get.
+
+    Args:
+        config: settings of all applications, but for ``operator``.
+        names: of the operators, each also its application's name and prefix.
+        port: see :func:`local_cluster`.
+        say: likewise.
+
+    Yields:
+        The base URL of each.
+
+    Raises:
+        ConfigError: the port is taken, or Ray was imported too early.
+        Unavailable: an application did not come up.
+    """
+    if port is None:
+        port = free_port()
+    else:
+        check_port(port)
+    with local_ray(len(names), say=say):
+        urls = []
+        for name in names:
+            say(f"deploying the backbone of {name}")
+            own = config.model_copy(update={"operator": name})
+            urls.append(deploy(own, port=port, name=name, prefix=f"/{name}"))
+        yield urls
+
+
 def deploy(
-    config: Config, *, port: int, replicas: int = 1, host: str = "127.0.0.1", timeout_s: float = 90
+    config: Config,
+    *,
+    port: int,
+    replicas: int = 1,
+    host: str = "127.0.0.1",
+    timeout_s: float = 90,
+    name: str = APPLICATION,
+    prefix: str = "/",
 ) -> str:
     """Deploy on the cluster that Ray is connected to and wait until it answers; return the URL.
+
+    Args:
+        config: the application's settings.
+        port: the front door's port.
+        replicas: how many replicas to run.
+        host: what the front door listens on.
+        timeout_s: how long it may take to answer.
+        name: of the application; one of the same name is replaced.
+        prefix: the path under which it is found.
 
     Raises:
         Unavailable: the application failed, or did not answer in ``timeout_s``.
@@ -280,20 +334,20 @@ def deploy(
 
     serve.start(http_options={"host": host, "port": port})
     try:
-        serve.run(bind(config, num_replicas=replicas), name=APPLICATION, route_prefix="/")
+        serve.run(bind(config, num_replicas=replicas), name=name, route_prefix=prefix)
     except RuntimeError as error:
-        raise Unavailable(f"the application did not start: {_reason(error)}") from error
-    url = f"http://127.0.0.1:{port}"
+        raise Unavailable(f"the application did not start: {_reason(error, name)}") from error
+    url = f"http://127.0.0.1:{port}{prefix.rstrip('/')}"
     wait_ready(url, timeout_s)
     return url
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: RuntimeError, name: str) -> str:
     """The last line of the replica's traceback, which Serve keeps in the deployment's status."""
     from ray import serve
 
     texts = [str(error)]
-    application = serve.status().applications.get(APPLICATION)
+    application = serve.status().applications.get(name)
     if application is not None:
         texts += [deployment.message for deployment in application.deployments.values()]
     lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]

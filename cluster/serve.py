@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import signal
 import sys
 import threading
@@ -18,7 +19,15 @@ from deployments.store import RayStore
 from deployments.tokens import Tokens
 
 
-def serve(config: Config, *, port: int, replicas: int = 1, address: str | None = None) -> None:
+def serve(
+    config: Config,
+    *,
+    port: int,
+    replicas: int = 1,
+    address: str | None = None,
+    name: str = APPLICATION,
+    prefix: str = "/",
+) -> None:
     """Deploy, say where, stay until Ctrl-C or SIGTERM, take everything down.
 
     Args:
@@ -26,13 +35,23 @@ def serve(config: Config, *, port: int, replicas: int = 1, address: str | None =
         port: the front door's port.
         replicas: how many replicas to run.
         address: a running Ray cluster (``auto`` or ``host:port``); None for one of our own.
+        name: of the application; another one beside it on a running cluster needs another name.
+        prefix: the path under which it is found, likewise.
 
     Raises:
-        ConfigError: the port is taken, or the file of tokens cannot be used.
+        ConfigError: the port is taken, the file of tokens cannot be used, or the name or prefix is
+            for a running cluster and there is none.
         Unavailable: the cluster cannot be reached, or the application did not come up.
     """
+    if not re.fullmatch(r"/|(/[A-Za-z0-9._-]+)+", prefix):
+        raise ConfigError(f"prefix is {prefix!r}, expected / or a path like /operator-b")
     with contextlib.ExitStack() as stack:
         if address is None:
+            if (name, prefix) != (APPLICATION, "/"):
+                raise ConfigError(
+                    "an application got a name or prefix of its own, expected --address with the "
+                    "running cluster where it is to be beside another"
+                )
             if config.tokens_file is not None:
                 Tokens(config.tokens_file, time.monotonic)  # says what is wrong before Ray starts
             cluster = local_cluster(config, port=port, replicas=replicas, say=_say)
@@ -40,13 +59,15 @@ def serve(config: Config, *, port: int, replicas: int = 1, address: str | None =
             url = running.url
             print(f"datamix models --address {running.address}", flush=True)
         else:
-            url = stack.enter_context(_on_cluster(config, address, port, replicas))
+            url = stack.enter_context(_on_cluster(config, address, port, replicas, name, prefix))
         print(f"serving at {url}, Ctrl-C ends it", flush=True)
         _wait_for_signal()
 
 
 @contextlib.contextmanager
-def _on_cluster(config: Config, address: str, port: int, replicas: int) -> Iterator[str]:
+def _on_cluster(
+    config: Config, address: str, port: int, replicas: int, name: str, prefix: str
+) -> Iterator[str]:
     import ray
 
     try:
@@ -62,16 +83,18 @@ def _on_cluster(config: Config, address: str, port: int, replicas: int) -> Itera
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        if APPLICATION in ray_serve.status().applications:
-            raise ConfigError(f"application {APPLICATION!r} runs on {address!r} already")
+        if name in ray_serve.status().applications:
+            raise ConfigError(f"application {name!r} runs on {address!r} already")
         # A table of models that an application of the same name left behind is not ours.
-        RayStore(APPLICATION).write(None)
+        RayStore(name).write(None)
         try:
             # All interfaces: on a cluster HAProxy of every node is a front door.
-            yield deploy(config, port=port, replicas=replicas, host="0.0.0.0")
+            yield deploy(
+                config, port=port, replicas=replicas, host="0.0.0.0", name=name, prefix=prefix
+            )
         finally:
             _say("deleting the application")
-            ray_serve.delete(APPLICATION)
+            ray_serve.delete(name)
     finally:
         ray.shutdown()
 

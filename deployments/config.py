@@ -51,7 +51,9 @@ class Config(BaseModel):
         tokens_file: file of the bearer tokens that are let in (docs/security.md), at the same place
             on every node; None lets everybody in.
         operator: who runs this application, as it tells in ``GET /v2``: a device that hides its
-            inputs between two operators refuses one without a name, and two of the same.
+            inputs between two operators refuses one without a name, and two of the same. Its
+            engine must be exact enough to take noise off its answers: ``auto`` is float32 then, and
+            a dtype beyond a bundle's tolerance is refused.
         health_timeout_s: how long the engine may take to answer a health probe.
     """
 

@@ -44,6 +44,8 @@ def torch_engine(modules: torch.nn.ModuleList, blocks: Sequence[Block], config: 
     """
     # Measured on the processor, and what tensor cores want on a GPU.
     channels_last = True if config.channels_last == "auto" else config.channels_last
+    # An operator's answers have noise taken off, which bfloat16 is too coarse for.
+    dtype = "float32" if config.operator and config.dtype == "auto" else config.dtype
     if config.device == "cpu":
         from deployments.cpu import CpuEngine
 
@@ -51,7 +53,7 @@ def torch_engine(modules: torch.nn.ModuleList, blocks: Sequence[Block], config: 
             modules,
             blocks,
             max_batch_rows=config.max_batch_rows,
-            dtype=config.dtype,
+            dtype=dtype,
             channels_last=channels_last,
             optimise=config.optimise,
             threads=config.threads,
@@ -64,7 +66,7 @@ def torch_engine(modules: torch.nn.ModuleList, blocks: Sequence[Block], config: 
         blocks,
         CudaGpu(config.device),
         max_batch_rows=config.max_batch_rows,
-        dtype=config.dtype,
+        dtype=dtype,
         channels_last=channels_last,
         optimise=config.optimise,
         graphs=config.graphs,

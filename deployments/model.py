@@ -166,7 +166,7 @@ def load(config: Config, bundle: str | None) -> Loaded:
 
 
 def build_engine(config: Config, bundle: str | None) -> Loaded:
-    """The model's engine, cold; see :func:`load`."""
+    """The model's engine, cold (an operator's was tried with noise); see :func:`load`."""
     let_threads_sleep()  # before anything loads torch
     text = parse_engine(config.engine)
     if bundle is None:
@@ -190,6 +190,10 @@ def build_engine(config: Config, bundle: str | None) -> Loaded:
             for shapes, block in zip(manifest.blocks, modules, strict=True)
         ]
         engine = torch_engine(modules, blocks, config)
+        if config.operator and manifest.split is not None:
+            from deployments.cancelling import check_cancelling
+
+            check_cancelling(engine, modules, manifest.split, name=manifest.name)
     return Loaded(Entry(name=manifest.name, version=manifest.version, bundle=bundle), engine)
 
 

@@ -80,6 +80,9 @@ class Protocol:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Dispatch one connection or request."""
+        if prefix := scope.get("root_path"):
+            # Serve leaves the route prefix of the application in the path.
+            scope = {**scope, "path": scope["path"].removeprefix(prefix)}
         if scope["type"] == "websocket":
             await self._websocket(scope, receive, send)
         elif scope["type"] == "http":

@@ -24,17 +24,18 @@ import numpy as np
 import numpy.typing as npt
 
 from datamix import wire
-from datamix.errors import AnswerError, ConfigError
+from datamix.errors import ConfigError
 from edge.access import Access
-from edge.masks import MaskPool, Seeds
+from edge.masks import MaskPool
 from edge.mixing import decoys, random_order
 from edge.modes import mode_of, wire_dtype
-from edge.operators import Operators
+from edge.offline import fetch_from
+from edge.operators import Operators, check_ends
 from edge.promises import promise
 from edge.requester import ClientConfig as ClientConfig
 from edge.requester import Requester
 from edge.requester import RetryBudget as RetryBudget
-from edge.session import Device, Floats, Round, check_answer, infer_group
+from edge.session import Device, Floats, Round, infer_group
 from edge.transport import StreamTransport, Transport, UnaryTransport
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ class Client:
         if second is not None:
             end = _open(second, manifest, other, transport)
             self.masks_from = Requester(end, self.config, "operator B")
+            self._fetch_masks = fetch_from(self.masks_from, manifest, self.config.timeout_s)
             self._masks = MaskPool(
                 self._fetch_masks, manifest.blocks, manifest.group_size, self.config.masks_ahead
             )
@@ -146,9 +148,7 @@ class Client:
     @property
     def privacy(self) -> str:
         """The mode, its promise and its known break, in a sentence or two."""
-        if self.not_private is not None:
-            return f"NOT PRIVATE: {self.not_private}. {self.promise.text}"
-        return f"{self.promise.text}; known break: {self.promise.known_break}"
+        return self.promise.sentence(self.not_private)
 
     @property
     def retries(self) -> int:
@@ -312,28 +312,6 @@ class Client:
             deadline_s=left_s,
         )
 
-    async def _fetch_masks(self, block: int, seeds: Seeds) -> Floats:
-        """Operator B's answers to seeds."""
-        manifest = self.device.manifest
-        assert self.masks_from is not None
-
-        def encode(request_id: str, left_s: float) -> bytes:
-            return wire.encode_noise_request(
-                seeds,
-                request_id=request_id,
-                model=manifest.name,
-                model_version=manifest.version,
-                block=block,
-                deadline_s=left_s,
-            )
-
-        answer = await self.masks_from.ask(encode, time.monotonic() + self.config.timeout_s)
-        try:
-            check_answer(answer, len(seeds), manifest.blocks[block].output_shape)
-        except AnswerError as error:
-            raise AnswerError(f"operator B: {error}") from None
-        return answer
-
     async def _check_operators(self) -> None:
         if self._operators is not None:
             await self._operators.check()
@@ -365,14 +343,10 @@ def _check_ends(
         ConfigError: one too many or too few, or nobody can tell who runs them.
     """
     first, second = ends
+    more = accesses[1].token is not None or allow_same
+    check_ends(mode, second=second is not None, more=more)
     if mode != "split":
-        if second is not None or accesses[1].token is not None or allow_same:
-            raise ConfigError(
-                f"mode is {mode!r}, which has one operator, but a second one was given"
-            )
         return None
-    if second is None:
-        raise ConfigError("mode is 'split', but only one operator was given, expected two")
     if isinstance(first, str) and isinstance(second, str):
         return Operators((first, second), accesses, allow_same=allow_same)
     if not allow_same:

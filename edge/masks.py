@@ -150,11 +150,28 @@ class MaskPool:
         Raises:
             DataMixError: operator B could not be made to answer.
         """
-        self._leave_parents()
-        if not self._ready:
+        if not len(self):
             self.waited += 1
-        while not self._ready:
+            await self.wait()
+        return self.take_ready()
+
+    async def wait(self) -> None:
+        """Until masks for a group are ready, which somebody else may then take first.
+
+        Raises:
+            DataMixError: operator B could not be made to answer.
+        """
+        while not len(self):
             await asyncio.shield(self._fill())
+
+    def take_ready(self) -> Masks:
+        """Masks for one group, which :func:`len` says are ready.
+
+        Raises:
+            ConfigError: none are.
+        """
+        if not len(self):
+            raise ConfigError("no masks are ready, expected some for a group")
         masks = self._ready.popleft()
         if len(self._ready) <= self._depth // 2:
             self._fill()

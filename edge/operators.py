@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import socket
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
-from datamix.errors import AnswerError, ConfigError, Unavailable
+from datamix.errors import AnswerError, ConfigError, DataMixError, Unavailable
 from edge.access import Access, distrust
 
 _TIMEOUT_S = 10.0
@@ -104,6 +105,23 @@ def check_operators(first: Endpoint, second: Endpoint, *, allow_same: bool) -> s
     return reason
 
 
+def check_ends(mode: str, *, second: bool, more: bool = False) -> None:
+    """Two operators in the mode split, one in others.
+
+    Args:
+        mode: which.
+        second: whether a second operator is given.
+        more: whether something else is given that only a second operator needs.
+
+    Raises:
+        ConfigError: one too many or too few.
+    """
+    if mode != "split" and (second or more):
+        raise ConfigError(f"mode is {mode!r}, which has one operator, but a second one was given")
+    if mode == "split" and not second:
+        raise ConfigError("mode is 'split', but only one operator was given, expected two")
+
+
 class Operators:
     """The two ends of one client, asked once.
 
@@ -128,13 +146,24 @@ class Operators:
 
         Raises:
             ConfigError: they seem to have one operator, and that is not allowed.
-            DataMixError: one of them could not be asked.
+            DataMixError: one of them could not be asked; says which.
         """
         async with self._asking:
             if self._asked:
                 return
             ends = await asyncio.gather(
-                *(look_up(*pair) for pair in zip(self._urls, self._accesses, strict=True))
+                *(
+                    _named(look_up(url, access), name)
+                    for name, url, access in zip("AB", self._urls, self._accesses, strict=True)
+                )
             )
             self.same = check_operators(*ends, allow_same=self._allow_same)
             self._asked = True
+
+
+async def _named(asking: Coroutine[Any, Any, Endpoint], name: str) -> Endpoint:
+    try:
+        return await asking
+    except DataMixError as error:
+        sentence = f"operator {name}: {error}"
+        raise type(error)(sentence, retry_after_s=error.retry_after_s) from error

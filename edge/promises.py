@@ -52,6 +52,22 @@ class Promise:
             return f"split: operator A learns {bound}; operator B nothing, if they do not collude"
         return f"bounded: the cloud learns {bound}"
 
+    def sentence(self, not_private: str | None = None) -> str:
+        """The mode, its promise and its known break; first why nothing holds, where it does not."""
+        return sentence(self.text, self.known_break, not_private)
+
+
+def sentence(text: str, known_break: str, not_private: str | None = None) -> str:
+    """A promise as it is to be shown wherever results are.
+
+    Args:
+        text: :attr:`Promise.text`.
+        known_break: of the mode.
+        not_private: why the two ends seem to have one operator; None where nothing says so.
+    """
+    said = f"{text}; known break: {known_break}"
+    return said if not_private is None else f"NOT PRIVATE: {not_private}. {said}"
+
 
 def promise(manifest: Manifest, mode: str | None = None) -> Promise:
     """What ``mode`` promises for this bundle; the bundle's own mode by default.

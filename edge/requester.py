@@ -98,6 +98,7 @@ class Requester:
     """One end of the cloud, and the patience with it.
 
     Attributes:
+        requests: attempts made, of all requests.
         retries: attempts made beyond the first of each request.
         bytes_up: bytes of all requests sent.
         bytes_down: values of all responses, in bytes, without framing.
@@ -110,6 +111,7 @@ class Requester:
         self._name = name
         self._budget = RetryBudget(config.retry_ratio, config.retry_reserve)
         self._jitter = random.Random(secrets.randbits(64))
+        self.requests = 0
         self.retries = 0
         self.bytes_up = 0
         self.bytes_down = 0
@@ -167,6 +169,7 @@ class Requester:
 
     async def _attempt(self, message: bytes, request_id: str, left_s: float) -> Floats:
         timeout_s = min(self._config.attempt_timeout_s, max(left_s, 0.001))
+        self.requests += 1
         self.bytes_up += len(message)
         response = await self.transport.send(message, request_id, timeout_s)
         if response.status != 200:

@@ -45,6 +45,7 @@ class Connection(WSListener):
         quiet_since_s: when a message last came or the first of the waiting was sent, on the
             monotonic clock.
         unmatched: answers that came too late or for a request nobody sent.
+        received_bytes: of whole messages that came, without framing.
     """
 
     def __init__(self, max_message_bytes: int, on_end: Callable[[Connection], None]) -> None:
@@ -52,6 +53,7 @@ class Connection(WSListener):
         self.waiting: dict[str, asyncio.Future[wire.Response]] = {}
         self.quiet_since_s = time.monotonic()
         self.unmatched = 0
+        self.received_bytes = 0
         self._max_message_bytes = max_message_bytes
         self._on_end = on_end
         self._why: Callable[[], Exception] | None = None
@@ -138,6 +140,7 @@ class Connection(WSListener):
 
     def _match(self, body: bytes) -> None:
         self.quiet_since_s = time.monotonic()
+        self.received_bytes += len(body)
         try:
             response = wire.decode_response(body, max_bytes=self._max_message_bytes)
         except (WireError, TooLarge):

@@ -115,7 +115,7 @@ class StreamTransport:
         self._open: set[Connection] = set()  # and those that are about to end
         self._opening: asyncio.Task[Connection] | None = None
         self._closed = False
-        self._unmatched = 0
+        self._unmatched = self._received_bytes = 0
         self.connections = 0
         self.moved = 0
 
@@ -123,6 +123,11 @@ class StreamTransport:
     def unmatched(self) -> int:
         """Answers that came too late or for a request nobody sent."""
         return self._unmatched + sum(connection.unmatched for connection in self._open)
+
+    @property
+    def received_bytes(self) -> int:
+        """Whole messages that came, without framing."""
+        return self._received_bytes + sum(open_.received_bytes for open_ in self._open)
 
     async def send(self, message: bytes, request_id: str, timeout_s: float) -> wire.Response:
         """See :class:`Transport`."""
@@ -187,6 +192,7 @@ class StreamTransport:
         for old in [old for old in self._open if old.is_gone]:
             self._open.remove(old)
             self._unmatched += old.unmatched
+            self._received_bytes += old.received_bytes
         self._open.add(connection)
         if connection.is_open:
             self._current = connection

@@ -52,12 +52,18 @@ def gone(mark: str, within_s: float) -> list[psutil.Process]:
 
 
 @contextlib.contextmanager
-def serving(*options: str, bundle: Path | None = BUNDLE) -> Iterator[Served]:
-    """`datamix serve` on a free port; ended with Ctrl-C."""
+def serving(
+    *options: str, bundle: Path | None = BUNDLE, beside: Served | None = None
+) -> Iterator[Served]:
+    """`datamix serve` on a free port, or ``beside`` another on its cluster; ended with Ctrl-C."""
     from cluster.local import free_port
 
     mark = uuid.uuid4().hex
-    arguments = [*(["--bundle", str(bundle)] if bundle else []), "--port", str(free_port())]
+    address, port = "", str(free_port())
+    if beside is not None:
+        address, port = beside.address, beside.url.rsplit(":", 1)[1]
+        options = (*options, "--address", address)
+    arguments = [*(["--bundle", str(bundle)] if bundle else []), "--port", port]
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster.cli", "serve", *arguments, *options],
         cwd=ROOT,

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from picows import ws_connect
+from picows import WSCloseCode, ws_connect
 
 from datamix import wire
 from datamix.errors import ConfigError
 from edge.fleet import behaviour, pacing, result, streams
 from edge.fleet.behaviour import Cancellations, Churn, SlowReaders, Storm
 from edge.fleet.config import FleetConfig
+from edge.fleet.profiles import read
 from edge.fleet.shard import Shard
 from edge.fleet.workload import EchoWorkload
 from tests.fake_cloud import SHAPE, Connection, FakeCloud, echo, polite
@@ -175,7 +176,7 @@ def test_stopping_covers_devices_that_are_away_and_readers_that_pause() -> None:
 
 
 @pytest.mark.parametrize(
-    ("read", "text"),
+    ("reader", "text"),
     [
         (behaviour.churn, "on_s=1"),
         (behaviour.churn, "on_s=1,off_s=0"),
@@ -189,9 +190,9 @@ def test_stopping_covers_devices_that_are_away_and_readers_that_pause() -> None:
         (behaviour.cancellations, "share=0.5,after_s=-1"),
     ],
 )
-def test_behaviour_that_means_nothing_is_refused(read: object, text: str) -> None:
+def test_behaviour_that_means_nothing_is_refused(reader: object, text: str) -> None:
     with pytest.raises(ConfigError, match="expected"):
-        read(text)  # type: ignore[operator]
+        reader(text)  # type: ignore[operator]
 
 
 def test_what_is_written_is_what_is_meant() -> None:
@@ -201,3 +202,50 @@ def test_what_is_written_is_what_is_meant() -> None:
     assert behaviour.cancellations("share=0.05,after_s=0.2") == Cancellations(0.05, 0.2)
     with pytest.raises(ConfigError, match="before the end"):
         FleetConfig(url="http://x", workload="echo", duration_s=5, storms=(Storm(5, 1.0),))
+
+
+@pytest.mark.parametrize("arrivals", ["gamma:shape=0.25", "closed:think_s=0.02"])
+def test_everything_at_once_loses_nothing(arrivals: str) -> None:
+    """Devices of all kinds that come, go and give up, and a cloud that has bad days."""
+
+    def moody(connection: Connection, request: wire.Request) -> None:
+        match connection.cloud.requests % 29:
+            case 3:
+                connection.drop()
+            case 7:
+                connection.transport.send_close(WSCloseCode.SERVICE_RESTART)
+            case 11:
+                refusal = wire.encode_error(request.request_id, 429, "full", retry_after_s=0.02)
+                connection.send(refusal)
+            case 13:
+                connection.send(wire.encode_error(request.request_id, 404, "unknown model"))
+            case 17:
+                pass
+            case 19:
+                connection.later(0.7, echo(request))
+            case _:
+                connection.send(echo(request))
+
+    flown = fly(
+        moody,
+        pacer=arrivals,
+        rate=400,
+        duration_s=0.8,
+        timeout_s=0.6,
+        profiles=read("phone/wifi:1,here/4g:1,laptop:1,here:1"),
+        churn=Churn(0.5, 0.2),
+        storms=(Storm(0.3, 0.5),),
+        slow_readers=SlowReaders(0.3, 0.05),
+        cancel=Cancellations(0.2, 0.1),
+    )
+    table, counters = flown.table, flown.counters
+    ended = statuses(flown)
+    assert set(ended) <= {result.OK, result.TIMEOUT, result.CONNECTION, result.CANCELLED, 404, 429}
+    assert ended[result.OK] > 50 and not np.isnan(table["done_s"]).any()
+    assert counters.begun == len(table) == sum(ended.values())
+    assert counters.ok == ended[result.OK] and counters.cancelled == ended[result.CANCELLED]
+    assert counters.failed == len(table) - counters.ok - counters.cancelled
+    assert counters.requests_sent >= np.sum(~np.isnan(table["sent_s"]))
+    assert np.all(table["done_s"] >= table["scheduled_s"])
+    assert counters.duplicates == counters.unmatched == counters.misrouted == 0
+    assert len(set(table["index"].tolist())) == len(table)

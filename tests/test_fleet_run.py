@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster.cli import main
 from datamix import wire
 from datamix.errors import ConfigError, NotFound, Unavailable
 from edge.fleet import run
@@ -174,6 +175,17 @@ def test_what_cannot_work_is_said_before_anything_starts(
     with pytest.raises(ConfigError, match="at least 56 processes"):
         simulate(make_config(cloud.url, devices=2000))
     assert cloud.streams == 0
+
+
+@pytest.mark.parametrize("arrivals", ["trace:/none.csv", "steps:30=5", "gamma:shape=0"])
+def test_arrivals_that_make_no_schedule_are_a_wrong_setting(
+    cloud: FakeCloud, capsys: pytest.CaptureFixture[str], arrivals: str
+) -> None:
+    settings = ["--url", cloud.url, "--workload", "echo", "--arrivals", arrivals]
+    with pytest.raises(SystemExit) as left:
+        main(["simulate", *settings])
+    assert left.value.code == 2 and cloud.streams == 0
+    assert "expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 
 from datamix import wire
+from datamix.models import Architecture
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
+from edge.fleet.inputs import bundle_workload
 from edge.fleet.links import Link
 from edge.fleet.profiles import Profile, Times
 from edge.fleet.shard import Shard
 from edge.fleet.workload import EchoWorkload
 from tests.fake_cloud import SHAPE, Connection, FakeCloud, echo, polite
 from tests.test_fleet_shard import fly, statuses
+from tests.test_fleet_workload import Bench
 
 SLOW = Times(stem_s=0.03, mix_s=0.01, encode_s=0.005, demix_s=0.02, head_s=0.015)
 LINK = Link(up_bytes_per_s=1e6, down_bytes_per_s=1e6, round_trip_s=0.06)
@@ -152,6 +155,48 @@ def test_stopping_gives_up_what_is_on_a_link() -> None:
     far = Profile("far", 1.0, SLOW, replace(LINK, round_trip_s=1.0))
     flown = fly(polite, profiles=(far,), stop_after_s=0.2, duration_s=60.0, timeout_s=30.0)
     assert set(statuses(flown)) == {result.STOPPED} and flown.elapsed_s < 5
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    options = {"n_blocks": 2, "stem_width": 4, "width": 8}
+    return Bench(tmp_path_factory.mktemp("two"), Architecture("convnet", options), 0.02)
+
+
+@pytest.mark.parametrize("times", [None, SLOW, Times(mix_s=0.02)])
+def test_every_round_of_a_real_inference_is_charged_or_measured(
+    bench: Bench, times: Times | None
+) -> None:
+    def compute(connection: Connection, request: wire.Request) -> None:
+        answer = bench.cloud(request.block, request.features.astype(np.float32))
+        connection.send(echo(request, features=answer.astype(np.float16)))
+
+    async def go() -> result.Table:
+        cloud = FakeCloud(compute)
+        async with cloud.serve():
+            config = replace(
+                bench.config, url=cloud.url, devices=4, rate=40, duration_s=0.3,
+                profiles=() if times is None else (Profile("slow", 1.0, times, LINK),),
+            )  # fmt: skip
+            workload = bundle_workload(config, 50)
+            shard = Shard(config, "echo", config.schedule(), workload)
+            await shard.connect()
+            return (await shard.run(shard.clock())).table
+
+    table = asyncio.run(go())
+    assert len(table) > 5 and np.all(table["status"] == result.OK)
+    assert np.all(table["rounds"] == 2)
+    charged = times or Times()
+    for stage, rounds in [("stem", 1), ("mix", 2), ("encode", 2), ("demix", 2), ("head", 1)]:
+        expected_s = getattr(charged, f"{stage}_s")
+        if expected_s is not None:
+            assert np.allclose(table[f"{stage}_s"], rounds * expected_s), stage
+        else:  # it ran, except for the stem, which was computed before
+            assert np.all((table[f"{stage}_s"] > 0) == (stage != "stem")), stage
+    parts_s = np.sum([table[part].astype(np.float64) for part in PARTS], axis=0)
+    assert np.all(table["done_s"] - table["scheduled_s"] > parts_s - 1e-3)
+    if times is not None:
+        assert np.all(table["uplink_s"] >= 0.06) and np.all(table["downlink_s"] >= 0.06)
 
 
 # --- closed loops ---------------------------------------------------------------------------------

@@ -1006,3 +1006,36 @@ def test_response_metadata_tells_how_the_batch_went() -> None:
             assert response.queue_s + response.compute_s <= elapsed + 0.001
 
     run(test, config)
+
+
+def test_a_route_prefix_of_serve_is_none_of_the_applications_business() -> None:
+    """Serve leaves it in the path and names it as the root, in HTTP and in WebSockets."""
+
+    async def go() -> None:
+        async with replica(CONFIG) as cloud:
+            for path, status in (("/b/v2", 200), ("/b/v2/models/echo", 200), ("/b/b/v2", 404)):
+                sent: list[dict[str, Any]] = []
+                await cloud.app(_scope("http", path), _nothing, _into(sent))
+                assert sent[0]["status"] == status
+            stream = "/b/v2/models/echo/stream"
+            sent = []
+            scope = {**_scope("websocket", stream), "extensions": {EXTENSION: Messages()}}
+            await cloud.app(scope, _nothing, _into(sent))
+            assert sent[0]["type"] == "websocket.accept"
+
+    asyncio.run(go())
+
+
+def _scope(kind: str, path: str) -> dict[str, Any]:
+    return {"type": kind, "method": "GET", "path": path, "root_path": "/b", "headers": []}
+
+
+async def _nothing() -> dict[str, Any]:
+    return {"type": "nothing"}
+
+
+def _into(sent: list[dict[str, Any]]) -> Any:
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    return send

@@ -1,11 +1,25 @@
 """The fleet: thousands of simulated devices over real sockets, and a report people can trust.
 
 config.py     what to simulate
-pacing.py     when each inference is due, and on which device: pure functions of a seed
+arrivals.py   when inferences fall due: eight laws, pure functions of a seed
+trace.py      send times from a CSV or Parquet file
+pacing.py     the schedule: which device owes which inference, and when
+behaviour.py  devices that come and go, storms, slow readers, cancellations
+chance.py     numbers that are looked up instead of drawn, the same in any shard
+profiles.py   kinds of devices and links (profiles.yaml), and who gets which
+links.py      a device's link: how long a message takes
+measuring.py  ``datamix profile-device``
+stages.py     how long the device's own steps really took
+options.py    ``key=value,...`` on the command line
 workload.py   what a device asks and what answer is right: bundle (real) or echo (load test)
 inputs.py     the bundle workload's ingredients, computed once per process
 device.py     one device: its stream, and what it has under way
+streams.py    the streams of one shard's devices: opened, lost, dropped, left
+timers.py     many small waits on one timer
+turns.py      a closed loop: what is due once a device has its answer
+own_time.py   devices whose processor and link are simulated
 shard.py      one event loop full of devices
+counters.py   what a shard counts, and what it says in between and at the end
 process.py    one spawned process with one shard, and the words it has with its parent
 result.py     one row per inference, in one array
 stats.py      the cloud's own figures, read before, during and after

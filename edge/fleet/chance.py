@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from enum import IntEnum
+from functools import cache
 from typing import Any, overload
 
 import numpy as np
@@ -50,7 +51,7 @@ def uniform(
 
     first: a whole number, or an array of them, which gives float64 of its shape.
     """
-    key = _scramble(_scramble(seed & _MASK) + purpose)
+    key = _key(seed, purpose)
     if isinstance(first, np.ndarray):
         with np.errstate(over="ignore"):
             mixed = _scramble_all(np.uint64(key) + first.astype(np.uint64))
@@ -62,6 +63,11 @@ def uniform(
 def exponential(mean: float, share: float) -> float:
     """Turn a number in [0, 1) into one that is exponential with that mean."""
     return -mean * math.log1p(-min(share, _LARGEST))
+
+
+@cache
+def _key(seed: int, purpose: Purpose) -> int:
+    return _scramble(_scramble(seed & _MASK) + purpose)
 
 
 def _scramble(state: int) -> int:

@@ -35,6 +35,7 @@ def run(
     for path in (json_path, html_path):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path.parent} is no folder, expected one to write {path.name} to")
+    config.schedule()  # what makes none, such as a trace that can't be read, is said at once
     with live_view() as on_progress:
         summary = simulate(config, on_progress)
     show(summary)

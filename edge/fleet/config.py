@@ -44,6 +44,12 @@ class FleetConfig:
         token: bearer token, where the cloud wants one; not in the repr.
         ca_file: PEM file of the authorities that may vouch for an ``https`` cloud; None for those
             that this machine trusts.
+        mode: what leaves the devices; None for the mode that the bundle was made for.
+        second: in the mode split, operator B's base URL; ``url`` is operator A's.
+        second_token: bearer token for that one; not in the repr.
+        allow_same_operator: in the mode split, go on where both ends seem to have one operator,
+            which is not private, and marked so wherever a result is shown.
+        masks_ahead: in the mode split, for how many groups a process keeps masks ready.
         profiles: the kinds of devices and links, with shares that add up to 1; none for devices as
             fast as the generator, on this machine's own link.
         churn: devices come and go; None for devices that stay.
@@ -72,6 +78,11 @@ class FleetConfig:
     rows: int = 4
     token: str | None = field(default=None, repr=False)
     ca_file: str | None = None
+    mode: str | None = None
+    second: str | None = None
+    second_token: str | None = field(default=None, repr=False)
+    allow_same_operator: bool = False
+    masks_ahead: int = 64
     profiles: tuple[Profile, ...] = ()
     churn: Churn | None = None
     storms: tuple[Storm, ...] = ()
@@ -80,15 +91,14 @@ class FleetConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot mean anything."""
-        if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"url is {self.url!r}, expected http://host:port or https://host:port"
-            )
+        for url in (self.url, *([self.second] if self.second is not None else [])):
+            if not url.startswith(("http://", "https://")):
+                raise ConfigError(f"url is {url!r}, expected http://host:port or https://host:port")
         if self.workload not in WORKLOADS:
             raise ConfigError(f"workload is {self.workload!r}, expected one of {WORKLOADS}")
         if self.workload == "bundle" and self.bundle is None:
             raise ConfigError("the bundle workload got no bundle, expected a path")
-        for name in ("devices", "processes", "connect_at_once", "rows"):
+        for name in ("devices", "processes", "connect_at_once", "rows", "masks_ahead"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in ("rate", "duration_s", "timeout_s", "connect_timeout_s"):
@@ -96,6 +106,8 @@ class FleetConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a positive number")
         if self.max_retries < 0 or self.retry_ratio < 0:
             raise ConfigError("max_retries and retry_ratio are 0 or more")
+        if self.workload == "echo" and (self.mode is not None or self.second is not None):
+            raise ConfigError("the echo workload got a mode or a second end, expected neither")
         late = [storm.at_s for storm in self.storms if storm.at_s >= self.duration_s]
         if late:
             raise ConfigError(
@@ -105,6 +117,8 @@ class FleetConfig:
             raise ConfigError("the profiles' shares don't add up to 1, expected that they do")
         arrivals.parse(self.pacer)
         self.access.context(self.url)
+        if self.second is not None:
+            self.second_access.context(self.second)
 
     @property
     def loop(self) -> Literal["open", "closed"]:
@@ -125,6 +139,11 @@ class FleetConfig:
     def access(self) -> Access:
         """How the devices get in."""
         return Access(self.token, self.ca_file)
+
+    @property
+    def second_access(self) -> Access:
+        """The same for operator B."""
+        return Access(self.second_token, self.ca_file)
 
     @property
     def base_url(self) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge.fleet import result
+from edge.fleet.offline import OfflineTraffic
 from edge.fleet.settled import Settled
 
 
@@ -96,6 +97,7 @@ class ShardResult:
         busy_ratio: processor time per time, until the last inference had begun.
         window_s: for how long inferences fell due; shorter than asked for where interrupted.
         elapsed_s: until the last inference ended.
+        offline: what was asked of operator B; None but in the mode split.
     """
 
     table: result.Table
@@ -105,3 +107,4 @@ class ShardResult:
     busy_ratio: float
     window_s: float
     elapsed_s: float
+    offline: OfflineTraffic | None = None

@@ -155,9 +155,12 @@ class FleetDevice(WSListener):
 
     def pause(self) -> bool:
         """Read nothing more until :meth:`resume`; return whether that is new."""
-        if self._paused or self.transport is None or self.transport.is_disconnected:
+        if self._paused or self.transport is None:
             return False
-        self.transport.underlying_transport.pause_reading()
+        stream = self.transport.underlying_transport
+        if stream.is_closing():
+            return False
+        stream.pause_reading()
         self._paused = True
         return True
 
@@ -165,8 +168,10 @@ class FleetDevice(WSListener):
         """Read on, if the stream is still the one that was paused."""
         if self._paused and self.number_of_stream == number_of_stream:
             self._paused = False
-            if self.transport is not None and not self.transport.is_disconnected:
-                self.transport.underlying_transport.resume_reading()
+            if self.transport is not None:
+                stream = self.transport.underlying_transport
+                if not stream.is_closing():
+                    stream.resume_reading()
 
     def on_ws_connected(self, transport: WSTransport) -> None:
         """Keep the stream."""

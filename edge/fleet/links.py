@@ -43,6 +43,8 @@ class Link:
         if self.loss <= 0 or share <= 0:
             return 0
         packets = max(1, -(-size_bytes // PACKET_BYTES))
+        if share <= (1 - self.loss) ** packets:
+            return 0
         missing = -math.expm1(math.log(min(share, _LARGEST)) / packets)
         return max(1, math.ceil(math.log(missing) / math.log(self.loss))) - 1
 

@@ -14,21 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge.fleet.report import Series, Summary
-from edge.fleet.view import OBFUSCATION, rows
+from edge.fleet.view import rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
-
-_PRIVACY = {
-    "mix": OBFUSCATION
-    + " The cloud never received an input, but whoever runs it can rebuild close likenesses.",
-    "bounded": "Noise that is never cancelled bounds what each answer can tell; the bound adds up "
-    "over queries.",
-    "split": "Each operator alone learns next to nothing; the two together learn everything.",
-    "echo": "A load test: the devices sent noise, so there was nothing to protect.",
-}
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 2rem auto;
@@ -81,7 +72,7 @@ def write_page(
 <body>
 <h1>{html.escape(title)}</h1>
 <p class="verdict">{html.escape(verdict)}</p>
-<p class="note"><strong>Privacy.</strong> {html.escape(_PRIVACY[summary.mode])}</p>
+<p class="note"><strong>Privacy.</strong> {html.escape(summary.privacy)}</p>
 <div class="plots">
 {plots}
 </div>

@@ -24,6 +24,7 @@ from typing import Any
 from datamix.errors import DataMixError
 from datamix.limits import raise_descriptor_limit
 from edge.fleet.config import FleetConfig
+from edge.fleet.offline import Offline
 from edge.fleet.shard import Shard
 from edge.fleet.workload import EchoWorkload, Workload
 
@@ -104,14 +105,12 @@ def _run(main: Coroutine[Any, Any, Any]) -> Any:
 async def _serve(connection: Connection, task: Task) -> Any:
     config = task.config
     whole = config.schedule()
-    workload = load(config, task.target, whole.distinct)
+    mine = whole.shard(task.number, task.shards)
+    # Of a closed loop nobody knows how many inferences it will have.
+    offline = _offline(config, len(mine) if whole.closed is None else config.masks_ahead)
+    workload = load(config, task.target, whole.distinct, offline)
     shard = Shard(
-        config,
-        task.target.model,
-        whole.shard(task.number, task.shards),
-        workload,
-        task.number,
-        task.shards,
+        config, task.target.model, mine, workload, task.number, task.shards, offline=offline
     )
     loop = asyncio.get_running_loop()
     start: asyncio.Future[float] = loop.create_future()
@@ -150,10 +149,21 @@ async def _serve(connection: Connection, task: Task) -> Any:
     return await shard.run(await start)
 
 
-def load(config: FleetConfig, target: Target, inferences: int) -> Workload:
+def _offline(config: FleetConfig, groups: int) -> Offline | None:
+    """This process's masks, in the mode split; the parent has checked that it is this one."""
+    if config.second is None or config.bundle is None:
+        return None
+    from datamix.bundle import read_manifest
+
+    return Offline(config, read_manifest(config.bundle), groups)
+
+
+def load(
+    config: FleetConfig, target: Target, inferences: int, offline: Offline | None = None
+) -> Workload:
     """Make the workload of a process."""
     if config.workload == "echo":
         return EchoWorkload(target.input_shapes[0], config.rows, config.seed, config.verify)
     from edge.fleet.inputs import bundle_workload
 
-    return bundle_workload(config, inferences)
+    return bundle_workload(config, inferences, offline)

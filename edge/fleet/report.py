@@ -18,9 +18,12 @@ import numpy.typing as npt
 
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
+from edge.fleet.offline import OfflineTraffic
 from edge.fleet.profiles import as_dicts, charged
 from edge.fleet.result import Table
 from edge.fleet.stats import Sample, use
+from edge.fleet.terms import ECHO, Terms
+from edge.promises import sentence
 
 LAG_BOUND_S = 0.05
 CPU_BOUND = 0.9
@@ -72,7 +75,13 @@ class Summary:
             that slows down is then asked less, and a stall hardly shows in any latency.
         arrivals: the law by which inferences fell due.
         workload: ``bundle`` or ``echo``.
-        mode: what leaves the devices: the bundle's mode, or ``echo``.
+        mode: what leaves the devices: ``mix``, ``bounded``, ``split``, or ``echo``.
+        promise: what the mode promises, in a line; None for ``echo``.
+        bits_per_input: most that the operator who gets the features learns of one input, all rounds
+            together; None where there is no bound.
+        known_break: what is known to get around the mode; None for ``echo``.
+        not_private: why both ends of ``split`` seem to have one operator, so that the promise does
+            not hold; else None.
         model: the model's name.
         stem: ``cached`` (computed once per input, not charged per inference), ``charged`` (added
             to each inference, from a profile), ``partly charged`` (by some profiles) or ``none``.
@@ -126,10 +135,19 @@ class Summary:
         engine_busy_ratio: share of time the engine computed; None where it gives no statistics.
         generator_cpu_s_per_request: processor time of all processes per message sent.
         generator_cpu_ratio: of the busiest process, in cores.
-        bytes_up_per_input: sent per classified input, all rounds.
-        bytes_down_per_input: received per classified input, all rounds.
+        bytes_up_per_input: sent per classified input, all rounds; ``split``: to operator A.
+        bytes_down_per_input: received per classified input, all rounds; ``split``: from operator A.
+        masks_fetched: groups that operator B answered seeds for; None but in ``split``, like all
+            that is said of it.
+        masks_used: of those, that an inference took; the rest was wiped.
+        masks_waited: inferences that fell due and found no masks ready.
+        offline_requests: messages to operator B, retries included.
+        offline_retries: messages sent again to it.
+        offline_bytes_up_per_input: sent to it per input that masks were fetched for.
+        offline_bytes_down_per_input: received from it, likewise.
         accuracy_cloud: share of inputs with the labelled class, by way of the cloud.
         accuracy_local: the same inputs, computed locally.
+        accuracy_edge_only: of a network that never uses the cloud, as the bundle says.
         series: the run second by second; not in the JSON.
     """
 
@@ -140,6 +158,10 @@ class Summary:
     arrivals: str
     workload: str
     mode: str
+    promise: str | None
+    bits_per_input: float | None
+    known_break: str | None
+    not_private: str | None
     model: str
     stem: str
     mix: str
@@ -191,8 +213,16 @@ class Summary:
     generator_cpu_ratio: float
     bytes_up_per_input: float | None
     bytes_down_per_input: float | None
+    masks_fetched: int | None
+    masks_used: int | None
+    masks_waited: int | None
+    offline_requests: int | None
+    offline_retries: int | None
+    offline_bytes_up_per_input: float | None
+    offline_bytes_down_per_input: float | None
     accuracy_cloud: float | None
     accuracy_local: float | None
+    accuracy_edge_only: float | None
     series: Series = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -202,6 +232,13 @@ class Summary:
             for item in dataclasses.fields(self)
             if item.name != "series"
         }
+
+    @property
+    def privacy(self) -> str:
+        """The mode, its promise and its known break; first why nothing holds, where it does not."""
+        if self.promise is None or self.known_break is None:
+            return ECHO
+        return sentence(self.promise, self.known_break, self.not_private)
 
     @property
     def exit_code(self) -> int:
@@ -233,6 +270,8 @@ class Run:
         interrupted: the run was stopped before its end.
         start_s: the common start by the monotonic clock.
         samples: the cloud's statistics.
+        terms: what may be said about privacy; None for ``echo``.
+        offline: what was asked of operator B; None but in the mode split.
     """
 
     config: FleetConfig
@@ -250,6 +289,8 @@ class Run:
     interrupted: bool
     start_s: float
     samples: Sequence[Sample]
+    terms: Terms | None = None
+    offline: OfflineTraffic | None = None
 
 
 def percentiles(values: Floats) -> Percentiles:
@@ -348,6 +389,7 @@ def summarise(run: Run) -> Summary:
         arrivals=config.pacer,
         workload=config.workload,
         mode=run.mode,
+        **_privacy(run.terms),
         model=run.model,
         stem=steps["stem"],
         mix=steps["mix"],
@@ -376,22 +418,17 @@ def summarise(run: Run) -> Summary:
         stopped=stopped,
         cancelled=cancelled,
         requests=requests,
-        **{
-            name: counters[name]
-            for name in (
-                "retries",
-                "reconnects",
-                "moved",
-                "duplicates",
-                "late",
-                "misrouted",
-                "unmatched",
-                "unreadable",
-                "came",
-                "left",
-                "dropped",
-            )
-        },
+        retries=counters["retries"],
+        reconnects=counters["reconnects"],
+        moved=counters["moved"],
+        duplicates=counters["duplicates"],
+        late=counters["late"],
+        misrouted=counters["misrouted"],
+        unmatched=counters["unmatched"],
+        unreadable=counters["unreadable"],
+        came=counters["came"],
+        left=counters["left"],
+        dropped=counters["dropped"],
         latency_s=percentiles(kept["done_s"] - kept["scheduled_s"]),
         latency_from_send_s=percentiles(sent["done_s"] - sent["sent_s"]),
         generator_lag_s=lag,
@@ -404,10 +441,38 @@ def summarise(run: Run) -> Summary:
         generator_cpu_ratio=cpu_ratio,
         bytes_up_per_input=share("bytes_up", True),
         bytes_down_per_input=share("bytes_down", True),
+        **_offline(run.offline, run.group_size),
         accuracy_cloud=share("correct", bundle),
         accuracy_local=share("correct_local", bundle and config.verify),
+        accuracy_edge_only=None if run.terms is None else run.terms.accuracy_edge_only,
         series=series(run),
     )
+
+
+def _privacy(terms: Terms | None) -> dict[str, Any]:
+    if terms is None:
+        return dict.fromkeys(("promise", "bits_per_input", "known_break", "not_private"))
+    promised = terms.promise
+    return {
+        "promise": promised.text,
+        "bits_per_input": promised.bits_per_input if promised.mode != "mix" else None,
+        "known_break": promised.known_break,
+        "not_private": terms.not_private,
+    }
+
+
+def _offline(traffic: OfflineTraffic | None, group_size: int) -> dict[str, Any]:
+    """Figures of operator B, apart from those of operator A."""
+    inputs = 0 if traffic is None else traffic.fetched * group_size
+    return {
+        "masks_fetched": traffic and traffic.fetched,
+        "masks_used": traffic and traffic.used,
+        "masks_waited": traffic and traffic.waited,
+        "offline_requests": traffic and traffic.requests,
+        "offline_retries": traffic and traffic.retries,
+        "offline_bytes_up_per_input": traffic.bytes_up / inputs if traffic and inputs else None,
+        "offline_bytes_down_per_input": traffic.bytes_down / inputs if traffic and inputs else None,
+    }
 
 
 def stages(config: FleetConfig) -> dict[str, str]:

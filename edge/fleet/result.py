@@ -23,10 +23,11 @@ CONNECTION = 2  # the connection was lost, and the retry budget was spent
 ANSWER = 3  # answered, but not what was asked: wrong shape, not finite, unreadable
 WRONG = 4  # answered and well formed, but not the values computed locally
 STOPPED = 5  # on its way when the run was interrupted
+MASKS = 6  # in the mode split: no masks from operator B before the deadline
 CANCELLED = 7  # given up by the device of its own accord, or left behind when it went
 OK = 200
 
-STATUS_NAMES = {TIMEOUT: "timeout", CONNECTION: "connection", ANSWER: "answer"}
+STATUS_NAMES = {TIMEOUT: "timeout", CONNECTION: "connection", ANSWER: "answer", MASKS: "masks"}
 
 COLUMNS = np.dtype(
     [

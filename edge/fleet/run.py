@@ -22,11 +22,13 @@ from datamix.errors import ConfigError, DataMixError, Unavailable, from_status
 from datamix.limits import raise_descriptor_limit
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
+from edge.fleet.offline import OfflineTraffic
 from edge.fleet.process import Failure, Ready, Target, Task, main
 from edge.fleet.report import Run, Summary, percentiles, summarise
 from edge.fleet.settled import Merge, Watch
 from edge.fleet.shard import Counters, Progress, ShardResult
 from edge.fleet.stats import Sampler, Use, fetch, use
+from edge.fleet.terms import agree
 
 _HEADROOM_S = 0.3  # from "all are ready" to the first arrival, so that every shard has heard it
 _PATIENCE_S = 30.0  # beyond the last deadline, before a silent shard is taken for dead
@@ -88,13 +90,15 @@ def record(
     the inferences as they end, once that is enough for it. No process stays behind.
 
     Raises:
-        ConfigError: the settings don't fit the cloud, the bundle or this machine.
+        ConfigError: the settings don't fit the cloud, the bundle or this machine, or the two ends
+            of the mode split seem to have one operator.
         Unavailable: nobody answers, or not every device got its stream.
         DataMixError: what the cloud or a bundle had to say.
     """
     check_descriptors(config)
+    terms = agree(config)
     target = discover(config)
-    mode, rounds, rows = _shape(config, target)
+    rounds, rows = _shape(config, target)
     sampler = Sampler(config.base_url, config.access)
     with _shards(config, target) as fleet:
         fleet.wait_ready(on_progress)
@@ -112,7 +116,9 @@ def record(
     return Run(
         config=config,
         model=target.model,
-        mode=mode,
+        mode="echo" if terms is None else terms.promise.mode,
+        terms=terms,
+        offline=_add_offline([part.offline for part in results if part.offline is not None]),
         rounds=rounds,
         group_size=rows,
         table=result.merge([part.table for part in results]),
@@ -176,10 +182,10 @@ def check_descriptors(config: FleetConfig) -> None:
         )
 
 
-def _shape(config: FleetConfig, target: Target) -> tuple[str, int, int]:
-    """Mode, requests per inference and rows per request."""
+def _shape(config: FleetConfig, target: Target) -> tuple[int, int]:
+    """Requests per inference and rows per request."""
     if config.workload == "echo" or config.bundle is None:
-        return "echo", 1, config.rows
+        return 1, config.rows
     from datamix.bundle import read_manifest
 
     manifest = read_manifest(config.bundle)
@@ -188,12 +194,18 @@ def _shape(config: FleetConfig, target: Target) -> tuple[str, int, int]:
         raise ConfigError(
             f"the bundle's blocks take {shapes}, expected {target.input_shapes} as the cloud serves"
         )
-    return manifest.mode, len(manifest.blocks), manifest.group_size
+    return len(manifest.blocks), manifest.group_size
 
 
 def _add(parts: list[Counters]) -> dict[str, int]:
     names = [item.name for item in dataclasses.fields(Counters)]
     return {name: sum(getattr(part, name) for part in parts) for name in names}
+
+
+def _add_offline(parts: list[OfflineTraffic]) -> OfflineTraffic | None:
+    names = [item.name for item in dataclasses.fields(OfflineTraffic)]
+    sums = {name: sum(getattr(part, name) for part in parts) for name in names}
+    return OfflineTraffic(**sums) if parts else None
 
 
 class _Fleet:

@@ -24,18 +24,21 @@ import numpy as np
 import numpy.typing as npt
 
 from datamix import wire
-from datamix.errors import AnswerError, TooLarge, WireError, from_status
+from datamix.errors import AnswerError, DataMixError, TooLarge, WireError, from_status
 from edge.fleet import result
-from edge.fleet.arrivals import Closed
 from edge.fleet.config import FleetConfig
 from edge.fleet.counters import Counters, Progress, ShardResult
 from edge.fleet.device import FleetDevice, Flight, backoff_s
 from edge.fleet.links import Traffic
+from edge.fleet.offline import Offline
+from edge.fleet.own_time import OwnTime
 from edge.fleet.pacing import Schedule
-from edge.fleet.profiles import Times, assign
+from edge.fleet.profiles import assign
 from edge.fleet.settled import Settled, settled
+from edge.fleet.stages import Stages
 from edge.fleet.streams import Streams
 from edge.fleet.timers import TICK_S, Timers
+from edge.fleet.turns import Turns
 from edge.fleet.workload import Inference, Workload
 from edge.session import Round
 
@@ -58,6 +61,7 @@ class Shard:
         number: which shard.
         shards: of how many.
         clock: seconds, the same in every process of this machine.
+        offline: in the mode split, where the workload has its masks from; else None.
     """
 
     config: FleetConfig
@@ -67,6 +71,7 @@ class Shard:
     number: int = 0
     shards: int = 1
     clock: Callable[[], float] = time.monotonic
+    offline: Offline | None = None
     table: result.Table = field(init=False)
     counters: Counters = field(init=False, default_factory=Counters)
     _devices: list[FleetDevice] = field(init=False)
@@ -89,8 +94,9 @@ class Shard:
     _granted: int = field(init=False, default=0)
     _rows: int = field(init=False)
     _distinct: int = field(init=False)
-    _thinking: set[int] = field(init=False, default_factory=set)
     _settled: int = field(init=False, default=0)
+    _turns: Turns | None = field(init=False, default=None)
+    _own_time: OwnTime = field(init=False)
 
     def __post_init__(self) -> None:
         """Allocate everything the run writes to."""
@@ -114,6 +120,10 @@ class Shard:
             self._give_up,
             self.on_crash,
         )
+        self._own_time = OwnTime(self, self._timers, self.clock)
+        if self.schedule.closed is not None:
+            law = self.schedule.closed
+            self._turns = Turns(law, config, self._timers, self.clock, self)
         self._rows = len(self.table)
         self._distinct = max(1, self.schedule.distinct)
         self._charge()
@@ -137,12 +147,15 @@ class Shard:
     # --- streams ------------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        """Open the stream of every device that is there, a bounded number at a time.
+        """Open the stream of every device that is there, a few at a time; fetch masks, if needed.
 
         Raises:
             Unavailable: not all of them are open within ``connect_timeout_s``.
+            DataMixError: operator B could not be made to answer.
         """
         await self._streams.connect()
+        if self.offline is not None:
+            await self.offline.fill()
 
     def on_connected(self, device: FleetDevice) -> None:
         """Send what waited for the stream."""
@@ -186,10 +199,13 @@ class Shard:
         await asyncio.sleep(max(0.0, start_s - self.clock()))
         self._start_cpu_s = time.process_time()
         self._streams.start(start_s)
-        if self.schedule.closed is None:
+        if self._turns is None:
             self._pump()
         else:
-            self._take_first_turns()
+            self._next = len(self.schedule)
+            self._turns.start(start_s, self.schedule.due_s.tolist())
+            self._timers.at(start_s + self.config.duration_s, self._measure_cpu)
+            self._finish_if_over()
         self._sweep()
         try:
             await self._done
@@ -198,6 +214,8 @@ class Shard:
             cpu_s = time.process_time() - self._start_cpu_s
             self._timers.close()
             await self._streams.close()
+            if self.offline is not None:
+                await self.offline.close()
         return ShardResult(
             self._due(),
             self._answered,
@@ -206,11 +224,12 @@ class Shard:
             self._busy_ratio,
             self._window_s,
             elapsed_s,
+            None if self.offline is None else self.offline.traffic(),
         )
 
     def _due(self) -> result.Table:
         """The rows of what fell due."""
-        if self.schedule.closed is None:
+        if self._turns is None:
             return self.table[: np.searchsorted(self.schedule.due_s, self._window_s, side="left")]
         table = self.table[: self._rows]
         return table[table["scheduled_s"] < self._window_s]
@@ -229,10 +248,10 @@ class Shard:
             self._column["status"][self._next : due] = result.STOPPED
             self._next = len(self.schedule)
             self._measure_cpu()
-        if self._thinking:
-            self._column["status"][list(self._thinking)] = result.STOPPED
-            self._thinking.clear()
-            self._measure_cpu()
+        if self._turns is not None:
+            self._column["status"][self._turns.stop()] = result.STOPPED
+            if self._window_s < self.config.duration_s:
+                self._measure_cpu()
         self._finish_if_over()
 
     def _measure_cpu(self) -> None:
@@ -269,10 +288,8 @@ class Shard:
 
     @property
     def begun(self) -> int:
-        """How many rows of the table have begun: those before this place."""
-        if self.schedule.closed is None:
-            return self._next
-        return min(self._thinking, default=self._rows)
+        """The place of the table from which on no row has begun."""
+        return self._next if self.schedule.closed is None else self._rows
 
     def on_crash(self, error: Exception) -> None:
         """End the run: the simulator itself failed, and a report would be made up."""
@@ -319,7 +336,26 @@ class Shard:
         if config.cancel is not None and config.cancel.has(config.seed, index):
             self._timers.at(due_s + config.cancel.after_s, self._cancel, flight)
         flight.inference = self.workload.start(index % self._distinct)
+        if self.offline is not None and not self.offline.ready:
+            column["lag_s"][position] = self.clock() - due_s
+            flight.status = result.MASKS
+            self._streams.spawn(self._wait_for_masks(flight, self.offline))
+            return
         self._ask_first(flight, flight.inference, due_s)
+
+    async def _wait_for_masks(self, flight: Flight, offline: Offline) -> None:
+        """Begin an inference when operator B has answered; nothing of it has left until then."""
+        try:
+            await offline.wait()
+        except DataMixError:
+            if flight.inference is not None:
+                self._end(flight, result.MASKS)
+            return
+        if flight.inference is not None:
+            # The wait was operator B's, and is no lag of the generator's; what was before it is.
+            lag_s = float(self._column["lag_s"][flight.position])
+            self._ask_first(flight, flight.inference, self.clock())
+            self._column["lag_s"][flight.position] += lag_s
 
     def _ask_first(self, flight: Flight, inference: Inference, due_s: float) -> None:
         column, position, device = self._column, flight.position, flight.device
@@ -330,7 +366,7 @@ class Shard:
         if device.times is not None:
             column["lag_s"][position] = self.clock() - due_s  # until it has left
             column["stem_s"][position] = stem_s = device.times.stem_s or 0.0
-            self._prepare(flight, question, due_s + stem_s, device.times)
+            self._own_time.prepare(flight, question, due_s + stem_s, device.times)
             return
         if stages is not None:
             column["mix_s"][position] = stages.mix_s
@@ -348,56 +384,18 @@ class Shard:
         flight.message = wire.encode_request(
             question.features,
             request_id=flight.request_id,
+            dtype=self.workload.dtype,
             block=question.block,
             deadline_s=flight.deadline_s - (begun_s if at_s is None else at_s),
         )
         return self.clock() - begun_s
-
-    def _prepare(self, flight: Flight, question: Round, at_s: float, times: Times) -> None:
-        """Mix and make the message of a device with a profile, from its time ``at_s`` on."""
-        stages = self.workload.stages
-        mix_s = times.mix_s
-        if mix_s is None:
-            mix_s = 0.0 if stages is None else stages.mix_s
-        self._column["mix_s"][flight.position] += mix_s
-        encode_s = self._ask(flight, question, at_s + mix_s)
-        if times.encode_s is not None:
-            encode_s = times.encode_s
-        self._column["encode_s"][flight.position] += encode_s
-        self._set_out(flight, at_s + mix_s + encode_s)
 
     def _send(self, flight: Flight) -> None:
         """Send a message, again or late: from now on, where the device has a link to go by."""
         if flight.device.times is None:
             self._hand_over(flight)
         else:
-            self._set_out(flight, max(flight.ready_s, self.clock()))
-
-    def _set_out(self, flight: Flight, ready_s: float) -> None:
-        """Put a message that is ready at ``ready_s`` on the device's link."""
-        device, position = flight.device, flight.position
-        flight.ready_s = leave_s = ready_s
-        if device.transport is None:
-            device.waiting.append(flight)
-            return
-        if device.traffic is not None:
-            turn = (flight.block << 16) + flight.attempts
-            leave_s = device.traffic.up(ready_s, len(flight.message), flight.index, turn)
-            self._column["uplink_s"][position] += leave_s - ready_s
-        flight.held = True
-        if leave_s > self.clock():
-            self._timers.at(leave_s, self._leave, flight, leave_s)
-        else:
-            self._leave(flight, leave_s)
-
-    def _leave(self, flight: Flight, leave_s: float) -> None:
-        """Let a message out of the simulated link, onto the real one."""
-        flight.held = False
-        if flight.inference is None:
-            return
-        if np.isnan(self._column["sent_s"][flight.position]):
-            self._column["lag_s"][flight.position] = self.clock() - leave_s
-        self._hand_over(flight)
+            self._own_time.set_out(flight, max(flight.ready_s, self.clock()))
 
     def _hand_over(self, flight: Flight) -> None:
         device = flight.device
@@ -438,16 +436,15 @@ class Shard:
             return
         del self._flights[response.request_id]
         self._column["bytes_down"][flight.position] += len(body)
-        if device.traffic is None:
-            self._react(flight, response, self.clock() if device.times is not None else 0.0)
+        if device.times is None:
+            self._react(flight, response, 0.0)
             return
-        # What has left the cloud arrives, also where the stream is lost meanwhile.
-        now_s = self.clock()
-        device.answers += 1
-        there_s = device.traffic.down(now_s, len(body), device.number, device.answers)
-        self._column["downlink_s"][flight.position] += there_s - now_s
-        flight.held = True
-        self._timers.at(there_s, self._arrive, flight, response, there_s)
+        there_s = self._own_time.come_down(flight, len(body))
+        if response.status == result.OK and flight.block == self.workload.rounds - 1:
+            # Nothing more is sent, so one wait will do for the link and for the device's steps.
+            self._answer(flight, response, there_s)
+        else:
+            self._own_time.wait(flight, there_s, self._arrive, flight, response, there_s)
 
     def _arrive(self, flight: Flight, response: wire.Response, at_s: float) -> None:
         """Let an answer out of the simulated link."""
@@ -485,20 +482,20 @@ class Shard:
                 at_s = self._restored_s(flight, at_s, last=True)
             if times is None:
                 self._end(flight, status)
-            elif at_s > self.clock():
-                flight.held = True
-                self._timers.at(at_s, self._end, flight, status, at_s)
             else:
-                self._end(flight, status, at_s)
+                self._own_time.wait(flight, at_s, self._end, flight, status, at_s)
             return
         except AnswerError:
-            self._end(flight, result.ANSWER)
+            if times is None:
+                self._end(flight, result.ANSWER)
+            else:
+                self._own_time.wait(flight, at_s, self._end, flight, result.ANSWER, at_s)
             return
         self._count_answer(position, response)
         if stages is not None or times is not None:
             at_s = self._restored_s(flight, at_s, last=False)
         if times is not None:
-            self._prepare(flight, question, at_s, times)
+            self._own_time.prepare(flight, question, at_s, times)
             return
         if stages is not None:
             column["mix_s"][position] += stages.mix_s
@@ -507,7 +504,7 @@ class Shard:
 
     def _restored_s(self, flight: Flight, at_s: float, *, last: bool) -> float:
         """Book de-mixing, and the head after the last round; return when they are done."""
-        stages, times, column = self.workload.stages, flight.device.times, self._column
+        stages, times, column = self.stages, flight.device.times, self._column
         demix_s, head_s = (0.0, 0.0) if stages is None else (stages.demix_s, stages.head_s)
         if times is not None and times.demix_s is not None:
             demix_s = times.demix_s
@@ -623,33 +620,43 @@ class Shard:
             flight.inference = None
         flight.message = b""
         self._under_way -= 1
-        if self.schedule.closed is not None:
-            self._think(device, done_s, self.schedule.closed)
+        if self._turns is not None:
+            self._turns.think(device, done_s)
         self._finish_if_over()
 
     def _finish_if_over(self) -> None:
-        over = self._next >= len(self.schedule) and self._under_way == 0 and not self._thinking
+        over = self._next >= len(self.schedule) and self._under_way == 0
+        if self._turns is not None and self._turns.waiting:
+            return
         if over and not self._done.done():
             self._done.set_result(None)
 
-    # --- a closed loop ------------------------------------------------------------------------
+    # --- for closed loops and devices with a time of their own -------------------------------
 
-    def _take_first_turns(self) -> None:
-        for position, due_s in enumerate(self.schedule.due_s.tolist()):
-            self._thinking.add(position)
-            self._timers.at(self._start_s + due_s, self._take_turn, position)
-        self._next = len(self.schedule)
-        self._timers.at(self._start_s + self._window_s, self._measure_cpu)
-        self._finish_if_over()
+    @property
+    def column(self) -> dict[str, Any]:
+        """The table's columns, as long as the table does not grow."""
+        return self._column
 
-    def _think(self, device: FleetDevice, done_s: float, law: Closed) -> None:
-        """Let a device think after an inference has ended, and write down what is due then."""
-        device.turns += 1
-        due_s = done_s + law.thought_s(self.config.seed, device.number, device.turns)
-        if device.away:
-            due_s = max(due_s, device.toggle_s - self._start_s)
-        if due_s >= self._window_s:
-            return
+    @property
+    def stages(self) -> Stages | None:
+        """What really ran in the workload since it was cleared; None where nothing does."""
+        return self.workload.stages
+
+    def ask(self, flight: Flight, question: Round, at_s: float) -> float:
+        """Make a message at the device's time ``at_s``; return what that really took."""
+        return self._ask(flight, question, at_s)
+
+    def hand_over(self, flight: Flight) -> None:
+        """Send a message by the real stream."""
+        self._hand_over(flight)
+
+    def begin(self, position: int) -> None:
+        """Begin the inference of a row, which is due."""
+        self._begin(position)
+
+    def add_row(self, device: FleetDevice, due_s: float) -> int:
+        """Make a row for what a device owes next; return its position."""
         if self._rows == len(self.table):
             self.table = result.grow(self.table)
             self._column = _views(self.table)
@@ -659,29 +666,19 @@ class Shard:
         column["device"][position] = device.number
         column["scheduled_s"][position] = due_s
         column["profile"][position] = device.profile
-        self._thinking.add(position)
-        when_s = self._start_s + due_s
-        if when_s > self.clock():
-            self._timers.at(when_s, self._take_turn, position)
-        else:
-            asyncio.get_running_loop().call_soon(self._take_turn, position)
+        return position
 
-    def _take_turn(self, position: int) -> None:
-        """Begin what a device owes, once it is there."""
-        if position not in self._thinking:
-            return  # stopped
-        device = self._devices[int(self._column["device"][position]) // self.shards]
-        due_s = device.toggle_s - self._start_s
-        if device.away and due_s < self._window_s:
-            self._column["scheduled_s"][position] = due_s
-            self._timers.at(device.toggle_s, self._take_turn, position)
-            return
-        self._thinking.discard(position)
-        if device.away:  # it comes back after the end: this never falls due
-            self._column["scheduled_s"][position] = np.inf
-            self._finish_if_over()
-        else:
-            self._begin(position)
+    def move_row(self, position: int, due_s: float) -> None:
+        """Let a row fall due at another time, or never at infinity."""
+        self._column["scheduled_s"][position] = due_s
+
+    def owner(self, position: int) -> FleetDevice:
+        """The device that owes a row."""
+        return self._devices[int(self._column["device"][position]) // self.shards]
+
+    def on_nothing_due(self) -> None:
+        """A row fell away; maybe it was the last."""
+        self._finish_if_over()
 
 
 def _views(table: result.Table) -> dict[str, Any]:

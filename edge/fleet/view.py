@@ -14,10 +14,6 @@ from edge.fleet.profiles import STAGES
 from edge.fleet.report import Percentiles, Summary
 from edge.fleet.run import FleetProgress
 
-OBFUSCATION = (
-    "Plain mixing is obfuscation: source separation recovers the inputs. It is not encryption."
-)
-
 
 @contextmanager
 def live_view(console: Console | None = None) -> Iterator[Callable[[FleetProgress], None]]:
@@ -70,6 +66,7 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
     cpu_s = summary.generator_cpu_s_per_request
     figures = [
         ("valid", "yes" if summary.valid else f"NO: {summary.invalid_reason}"),
+        ("privacy", summary.privacy),
         ("devices", f"{summary.clients} in {summary.processes} processes"),
         ("workload", f"{summary.workload}, mode {summary.mode}, model {summary.model}"),
         ("an inference", f"{summary.group_size} rows, {summary.rounds} rounds"),
@@ -121,7 +118,28 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
     if summary.accuracy_cloud is not None:
         local = share(summary.accuracy_local)
         figures.append(("accuracy", f"{share(summary.accuracy_cloud)} (computed locally: {local})"))
-    return figures
+        if summary.accuracy_edge_only is not None:
+            figures.append(("accuracy without any cloud", share(summary.accuracy_edge_only)))
+    return figures + offline_rows(summary)
+
+
+def offline_rows(summary: Summary) -> list[tuple[str, str]]:
+    """What was asked of operator B, ahead of the inferences; nothing but in the mode split."""
+    if summary.masks_fetched is None:
+        return []
+    up, down = summary.offline_bytes_up_per_input, summary.offline_bytes_down_per_input
+    return [
+        (
+            "masks from operator B",
+            f"{summary.masks_fetched} groups fetched, {summary.masks_used} used, "
+            f"{summary.masks_waited} inferences waited",
+        ),
+        (
+            "requests to operator B, retries",
+            f"{summary.offline_requests}, {summary.offline_retries}",
+        ),
+        ("bytes per input, ahead", f"{_kb(up)} up, {_kb(down)} down"),
+    ]
 
 
 def show(summary: Summary, console: Console | None = None) -> None:
@@ -133,8 +151,6 @@ def show(summary: Summary, console: Console | None = None) -> None:
     for name, figure in rows(summary):
         view.add_row(name, figure)
     console.print(view)
-    if summary.mode == "mix":
-        console.print(OBFUSCATION)
 
 
 def duration(seconds: float | None) -> str:

@@ -18,13 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from datamix.errors import AnswerError
-from datamix.wire import Response
+from datamix.wire import Response, dequantise, quantise
 from edge.fleet.stages import Stages, TimedDevice, TimedMode
-from edge.modes import Mix
+from edge.modes import check_mode, mode_of, wire_dtype
 from edge.session import Device, Round, infer_group
 
 if TYPE_CHECKING:
     from datamix.bundle import Manifest
+    from datamix.framing import Dtype
+    from edge.fleet.offline import Offline
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -49,10 +51,17 @@ Inference = Generator[Round, Response, Outcome]
 
 
 class Workload(Protocol):
-    """One kind of question; one instance serves all devices of a process."""
+    """One kind of question; one instance serves all devices of a process.
+
+    Attributes:
+        rows: of a message.
+        rounds: messages of an inference.
+        dtype: value type of what leaves.
+    """
 
     rows: int
     rounds: int
+    dtype: Dtype
 
     @property
     def stages(self) -> Stages | None:
@@ -72,6 +81,7 @@ class EchoWorkload:
     """
 
     rounds = 1
+    dtype: Dtype = "float16"
     stages: Stages | None = None
     _POOL = 64  # messages of noise to choose from; what differs is stamped onto a copy
     _DIGIT = 1024  # float16 holds whole numbers exactly up to 2048
@@ -105,9 +115,11 @@ class Reference:
     Attributes:
         classes: (n,) the class of each input, without mixing and without a cloud.
         tolerance: the largest deviation that the arithmetic explains, relative to max(1, |value|).
-        outputs: per block, (n, *output_shape) float32, where de-mixing is exact; else empty.
-        recompute: (block, mixtures) -> the block's output, where it is not: then only the answer
-            to the very mixtures that were sent can be compared, and each is computed twice.
+        outputs: per block, (n, *output_shape) float32, where what the device restores is exact;
+            else empty.
+        recompute: (block, rows) -> the block's output, where it is not (blocks that are not linear,
+            noise that stays): then only the answer to the very rows that were sent can be compared,
+            and each is computed twice.
     """
 
     classes: npt.NDArray[np.int64]
@@ -122,7 +134,7 @@ class Reference:
 
 
 class _Checked:
-    """A device that compares what it de-mixed with the reference, and otherwise is the device."""
+    """A device that compares what it restored with the reference, and otherwise is the device."""
 
     __slots__ = ("_chosen", "_device", "_reference", "wrong")
 
@@ -157,7 +169,7 @@ class _Checked:
 
 
 class BundleWorkload:
-    """Groups of real inputs through stem (cached), mixing, cloud, de-mixing, bridges and head."""
+    """Groups of real inputs: stem (cached), protecting, cloud, restoring, bridges and head."""
 
     def __init__(
         self,
@@ -166,6 +178,8 @@ class BundleWorkload:
         labels: Array | None,
         choice: Array,
         reference: Reference | None,
+        mode: str | None = None,
+        offline: Offline | None = None,
     ) -> None:
         """Take what was computed once per process.
 
@@ -175,19 +189,32 @@ class BundleWorkload:
             labels: (n,) the inputs' classes, or None.
             choice: (inferences, K) which inputs each inference classifies.
             reference: what the answers must be; None to take them as they come.
+            mode: what leaves the device; None for the mode that the bundle was made for.
+            offline: in the mode split, where masks come from; one group's must be ready whenever an
+                inference begins.
+
+        Raises:
+            ConfigError: the bundle was not made for that mode.
         """
+        self.mode = check_mode(device.manifest, mode)
+        self.dtype = wire_dtype(device.manifest, self.mode)
         self.rows = device.manifest.group_size
         self.rounds = len(device.manifest.blocks)
-        self.stages: Stages | None = Stages()
-        self._device: Device = TimedDevice(device, self.stages)
-        self._mode = TimedMode(Mix(), self.stages)
+        self._stages = Stages()
+        self._device: Device = TimedDevice(device, self._stages)
         self._features = features
         self._labels = labels
         self._choice = choice
         self._reference = reference
+        self._offline = offline
+
+    @property
+    def stages(self) -> Stages:
+        """See :class:`Workload`."""
+        return self._stages
 
     def start(self, index: int) -> Inference:
-        """Infer one group."""
+        """Infer one group; in the mode split, take its masks first."""
         chosen = self._choice[index]
         reference = self._reference
         if reference is None:
@@ -207,17 +234,24 @@ class BundleWorkload:
     ) -> Generator[Round, Response, tuple[Floats, bool]]:
         """Take one group through its rounds; return its outputs, and whether an answer differed."""
         wrong = False
-        inference = infer_group(device, self._features[chosen], self._mode)
-        question = next(inference)
-        while True:
-            response = yield question
-            values = response.values()
-            if recompute is not None and self._reference is not None:
-                # What the cloud computed on is what came through the wire.
-                sent = question.features.astype(np.float16).astype(np.float32)
-                expected = recompute(question.block, sent)
-                wrong |= values.shape != expected.shape or self._reference.differs(values, expected)
-            try:
+        masks = None if self._offline is None else self._offline.take()
+        protection = TimedMode(mode_of(device.manifest, self.mode, masks), self._stages)
+        inference = infer_group(device, self._features[chosen], protection)
+        try:
+            question = next(inference)
+            while True:
+                response = yield question
+                values = response.values()
+                if recompute is not None and self._reference is not None:
+                    # What the cloud computed on is what came through the wire.
+                    sent = dequantise(*quantise(question.features, self.dtype))
+                    expected = recompute(question.block, sent)
+                    wrong |= values.shape != expected.shape
+                    wrong = wrong or self._reference.differs(values, expected)
                 question = inference.send(values)
-            except StopIteration as end:
-                return end.value, wrong
+        except StopIteration as end:
+            return end.value, wrong
+        finally:  # also where the inference is given up: what hid this group hides no other
+            inference.close()
+            if masks is not None:
+                masks.wipe()
