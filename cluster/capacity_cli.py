@@ -29,6 +29,9 @@ Timeout = Annotated[
 Tolerance = Annotated[
     float, typer.Option(help="The search ends at an interval of plus and minus that share.")
 ]
+Mode = Annotated[
+    str | None, typer.Option("--mode", help="mix, bounded or split; else the bundle's own.")
+]
 TokenFile = Annotated[
     Path | None, typer.Option(help="File with the bearer token; else $DATAMIX_TOKEN, or none.")
 ]
@@ -73,6 +76,16 @@ def capacity(
     verify: Verify = True,
     rows: Rows = 4,
     timeout: Timeout = None,
+    mode: Mode = None,
+    second: Annotated[
+        str | None, typer.Option(help="Base URL of operator B, for split; url is operator A's.")
+    ] = None,
+    second_token_file: Annotated[
+        Path | None, typer.Option(help="File with operator B's bearer token.")
+    ] = None,
+    allow_same_operator: Annotated[
+        bool, typer.Option(help="Go on where both ends have one operator: NOT private.")
+    ] = False,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     json_path: JsonPath = None,
@@ -102,6 +115,10 @@ def capacity(
         rows=rows,
         token=_token(token_file),
         ca_file=None if ca_file is None else str(ca_file),
+        mode=mode,
+        second=second,
+        second_token=None if second_token_file is None else _token(second_token_file),
+        allow_same_operator=allow_same_operator,
     )
     fleet = Fleet(
         base,
@@ -143,6 +160,7 @@ def scenario(
     verify: Verify = True,
     rows: Rows = 4,
     timeout: Timeout = None,
+    mode: Mode = None,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     json_path: JsonPath = None,
@@ -167,6 +185,7 @@ def scenario(
             verify=verify,
             rows=rows,
             timeout=timeout,
+            mode=mode,
             token_file=token_file,
             ca_file=ca_file,
             json_path=json_path,
@@ -181,6 +200,7 @@ def scenario(
         verify=verify,
         rows=rows,
         timeout_s=10.0 if timeout is None else timeout,
+        mode=mode,
         token=_token(token_file),
         ca_file=None if ca_file is None else str(ca_file),
     )

@@ -95,6 +95,8 @@ class Probe:
         engine_busy: share of time that the engine computed; None where the cloud does not say.
         batch_rows: rows of a batch, mean; None likewise.
         bytes_per_s: of messages, both ways.
+        model: the model's name.
+        mode: what left the devices, or ``echo``.
     """
 
     tried: Tried
@@ -107,6 +109,8 @@ class Probe:
     engine_busy: float | None
     batch_rows: float | None
     bytes_per_s: float
+    model: str
+    mode: str
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON, and for :meth:`from_dict`."""
@@ -143,7 +147,8 @@ class Capacity:
 
     Attributes:
         objective: what the load was to meet, such as ``p99=100ms``.
-        model: the model's name.
+        model: the model's name; empty without a probe.
+        mode: what leaves the devices, or ``echo``; likewise.
         rate_per_device: inferences per second of one device.
         devices: how many the cloud carries; None where that is not known.
         devices_low: at least that many, with 97.5%.
@@ -163,6 +168,7 @@ class Capacity:
 
     objective: str
     model: str
+    mode: str
     rate_per_device: float
     devices: int | None
     devices_low: int
@@ -247,6 +253,8 @@ def describe(
         engine_busy=summary.engine_busy_ratio,
         batch_rows=summary.batch_rows_mean,
         bytes_per_s=(sent + received) / max(run.window_s, 1e-9),
+        model=run.model,
+        mode=run.mode,
     )
 
 
@@ -278,7 +286,6 @@ def measure(
         DataMixError: what the cloud or a bundle had to say before the first probe.
     """
     probes = list(before)
-    model = fleet.base.model or ""
     spoiled = 0
     ended, trouble = "", None
     while not ended:
@@ -300,7 +307,6 @@ def measure(
             name = "generator" if isinstance(error, ConfigError) else "connections"
             ended, trouble = "streams", Limit(name, str(error), {})
             break
-        model = run.model
         if run.interrupted:
             ended = "interrupted"
             break
@@ -310,8 +316,8 @@ def measure(
             ended = "generator"
         elif len(probes) > 1 and all(_is_elsewhere(one, plan) for one in probes):
             ended = "elsewhere"
-        on_probe(conclude(probes, plan, fleet, model, ended or "interrupted"))
-    known = conclude(probes, plan, fleet, model, ended)
+        on_probe(conclude(probes, plan, fleet, ended or "interrupted"))
+    known = conclude(probes, plan, fleet, ended)
     return known if trouble is None else dataclasses.replace(known, limit=trouble)
 
 
@@ -339,7 +345,7 @@ def _why(tried: Sequence[Tried], plan: Plan) -> str:
     return "bottom" if known.high <= plan.least_rate else "probes"
 
 
-def conclude(probes: Sequence[Probe], plan: Plan, fleet: Fleet, model: str, ended: str) -> Capacity:
+def conclude(probes: Sequence[Probe], plan: Plan, fleet: Fleet, ended: str) -> Capacity:
     """Say what the probes together mean."""
     allowed = plan.objective.allowed
     counting = [one for one in probes if _counts(one, plan)]
@@ -352,7 +358,8 @@ def conclude(probes: Sequence[Probe], plan: Plan, fleet: Fleet, model: str, ende
     high = None if math.isinf(known.high) else known.high
     return Capacity(
         objective=str(plan.objective),
-        model=model,
+        model=probes[-1].model if probes else "",
+        mode=probes[-1].mode if probes else "",
         rate_per_device=fleet.rate_per_device,
         devices=None if known.rate is None else _devices(fleet, known.rate),
         devices_low=_devices(fleet, known.low),

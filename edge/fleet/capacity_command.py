@@ -88,6 +88,8 @@ def settings(fleet: Fleet, plan: Plan, seed: int) -> dict[str, Any]:
         "url": base.base_url,
         "bundle": base.bundle,
         "workload": base.workload,
+        "mode": base.mode,
+        "second": base.second,
         "arrivals": base.pacer,
         "profiles": [str(profile) for profile in base.profiles],
         "rows": base.rows,

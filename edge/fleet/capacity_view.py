@@ -55,6 +55,7 @@ def rows(found: Capacity) -> list[tuple[str, str]]:
     return [
         ("devices", f"{devices}, each {found.rate_per_device:g} inferences/s"),
         ("rate", rate),
+        ("model", f"{found.model}, mode {found.mode}"),
         ("objective", f"{found.objective}, refusals and failures count as late"),
         ("passed by its own test", _rate(found.passed_rate)),
         ("failed by its own test", _rate(found.failed_rate)),

@@ -30,6 +30,7 @@ from edge.fleet import result
 from edge.fleet.config import FleetConfig
 from edge.fleet.process import load
 from edge.fleet.run import discover
+from edge.fleet.terms import agree
 from edge.fleet.workload import Workload
 
 _PAUSE_S = 0.05  # after a failure: a cloud that refuses is not asked as fast as it can refuse
@@ -302,9 +303,13 @@ def closed_loop(
         on_query: called after each query.
 
     Raises:
-        ConfigError: the settings don't fit the cloud, the bundle or this machine.
+        ConfigError: the settings don't fit the cloud, the bundle or this machine, or the mode is
+            split, whose masks nobody fetches ahead here.
         Unavailable: nobody answers, or not every stream was opened.
     """
+    terms = agree(config)
+    if terms is not None and terms.promise.mode == "split":
+        raise ConfigError("a closed loop got the mode split, expected mix or bounded")
     config = dataclasses.replace(config, devices=lanes * per_query, processes=1)
     allowed = raise_descriptor_limit() - _SPARE_DESCRIPTORS
     if config.devices > allowed:
