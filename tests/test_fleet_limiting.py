@@ -78,6 +78,13 @@ def test_a_little_lag_is_not_what_tips_a_load() -> None:
     assert named(replace(run, table=table)).name == "generator"
 
 
+def test_masks_that_are_not_ready_are_operator_bs_limit() -> None:
+    run = late_run(queue_s=0.15)
+    summary = replace(summarise(run), masks_waited=80, engine_busy_ratio=0.99)
+    found = limit(run, summary, P99, 0.0)
+    assert found.name == "masks" and "80 inferences" in found.sentence
+
+
 def test_an_invalid_run_says_nothing_of_the_cloud() -> None:
     run = late_run(queue_s=0.15)
     summary = replace(summarise(run), valid=False, invalid_reason="it lagged")

@@ -97,6 +97,7 @@ class Probe:
         bytes_per_s: of messages, both ways.
         model: the model's name.
         mode: what left the devices, or ``echo``.
+        privacy: what that is worth, in one sentence.
     """
 
     tried: Tried
@@ -111,6 +112,7 @@ class Probe:
     bytes_per_s: float
     model: str
     mode: str
+    privacy: str
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON, and for :meth:`from_dict`."""
@@ -149,6 +151,7 @@ class Capacity:
         objective: what the load was to meet, such as ``p99=100ms``.
         model: the model's name; empty without a probe.
         mode: what leaves the devices, or ``echo``; likewise.
+        privacy: what that is worth, in one sentence; likewise.
         rate_per_device: inferences per second of one device.
         devices: how many the cloud carries; None where that is not known.
         devices_low: at least that many, with 97.5%.
@@ -169,6 +172,7 @@ class Capacity:
     objective: str
     model: str
     mode: str
+    privacy: str
     rate_per_device: float
     devices: int | None
     devices_low: int
@@ -255,6 +259,7 @@ def describe(
         bytes_per_s=(sent + received) / max(run.window_s, 1e-9),
         model=run.model,
         mode=run.mode,
+        privacy=summary.privacy,
     )
 
 
@@ -360,6 +365,7 @@ def conclude(probes: Sequence[Probe], plan: Plan, fleet: Fleet, ended: str) -> C
         objective=str(plan.objective),
         model=probes[-1].model if probes else "",
         mode=probes[-1].mode if probes else "",
+        privacy=probes[-1].privacy if probes else "",
         rate_per_device=fleet.rate_per_device,
         devices=None if known.rate is None else _devices(fleet, known.rate),
         devices_low=_devices(fleet, known.low),

@@ -56,6 +56,7 @@ def rows(found: Capacity) -> list[tuple[str, str]]:
         ("devices", f"{devices}, each {found.rate_per_device:g} inferences/s"),
         ("rate", rate),
         ("model", f"{found.model}, mode {found.mode}"),
+        ("privacy", found.privacy),
         ("objective", f"{found.objective}, refusals and failures count as late"),
         ("passed by its own test", _rate(found.passed_rate)),
         ("failed by its own test", _rate(found.failed_rate)),
@@ -103,6 +104,7 @@ def show_closed(found: ClosedReport, console: Console) -> None:
         ("throughput", f"{found.inferences_per_s:.1f} inferences/s{interval}"),
         ("rows", f"{found.rows_per_s:.0f} rows/s and round"),
         ("generator", f"{found.generator_cpu_ratio:.0%} of a core"),
+        ("privacy", found.privacy),
     ]
     if found.quantile is not None:
         bound = "-, too few queries" if found.bound_s is None else duration(found.bound_s)

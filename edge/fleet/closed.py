@@ -30,8 +30,9 @@ from edge.fleet import result
 from edge.fleet.config import FleetConfig
 from edge.fleet.process import load
 from edge.fleet.run import discover
-from edge.fleet.terms import agree
+from edge.fleet.terms import ECHO, agree
 from edge.fleet.workload import Workload
+from edge.promises import sentence
 
 _PAUSE_S = 0.05  # after a failure: a cloud that refuses is not asked as fast as it can refuse
 _SPARE_DESCRIPTORS = 64
@@ -77,6 +78,7 @@ class ClosedRun:
         elapsed_s: from the start to the last answer.
         cpu_ratio: share of a core that this process used meanwhile.
         interrupted: Ctrl-C ended it.
+        privacy: what the mode is worth, in one sentence.
     """
 
     model: str
@@ -88,6 +90,7 @@ class ClosedRun:
     elapsed_s: float = 0.0
     cpu_ratio: float = 0.0
     interrupted: bool = False
+    privacy: str = ECHO
 
     @property
     def latencies_s(self) -> Floats:
@@ -319,6 +322,8 @@ def closed_loop(
     target = discover(config)
     workload = load(config, target, _INPUTS)
     run = ClosedRun(target.model, workload.rows, lanes, per_query)
+    if terms is not None:
+        run.privacy = sentence(terms.promise.text, terms.promise.known_break, terms.not_private)
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     if sys.platform == "linux":
         import uvloop

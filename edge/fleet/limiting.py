@@ -33,7 +33,7 @@ class Limit:
 
     Attributes:
         name: ``generator``, ``compute``, ``queue``, ``shedding``, ``connections``, ``silence``,
-            ``network``, ``link``, ``device`` or ``none``.
+            ``masks``, ``network``, ``link``, ``device`` or ``none``.
         sentence: what was seen, and what would help.
         parts_s: mean seconds of each part of the late, answered inferences; empty without any.
     """
@@ -87,6 +87,13 @@ def limit(run: Run, summary: Summary, objective: Objective, warmup_s: float) -> 
     if lost * 2 >= count:
         text = f"{lost} of {count} late inferences lost their stream: look at the cloud's replicas"
         return Limit("connections", text, seen)
+    waited = summary.masks_waited or 0
+    if waited * 2 >= count:
+        text = (
+            f"{waited} inferences found no masks ready: operator B, or the way to it, is too slow; "
+            "more of them ahead helps over bursts only"
+        )
+        return Limit("masks", text, seen)
     busy = summary.engine_busy_ratio
     if busy is not None and busy >= BUSY:
         text = (

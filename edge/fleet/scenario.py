@@ -105,6 +105,7 @@ class ClosedReport:
         inferences_per_s_high: or higher.
         rows_per_s: rows of these.
         generator_cpu_ratio: share of a core that the devices used.
+        privacy: what the mode is worth, in one sentence.
     """
 
     scenario: str
@@ -130,6 +131,7 @@ class ClosedReport:
     inferences_per_s_high: float | None
     rows_per_s: float
     generator_cpu_ratio: float
+    privacy: str
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -219,6 +221,7 @@ def report(scenario: Scenario, run: ClosedRun, warmup_s: float) -> ClosedReport:
         inferences_per_s_high=high,
         rows_per_s=rate * run.rows,
         generator_cpu_ratio=run.cpu_ratio,
+        privacy=run.privacy,
     )
 
 
