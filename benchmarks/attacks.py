@@ -8,6 +8,12 @@ for is declared in a copy of its manifest, as privacy depends on it and accuracy
 
 ``bounded-known`` is the bound's own case, coefficients known to the attacker: Gaussian noise stays
 Gaussian when it is rotated, so what remains is what operator A of `split` sees at the same sigma.
+
+A network that an experiment kept (``--runs`` of `datamix experiment`) is attacked by
+
+    python -m benchmarks.attacks --dataset fashion-mnist --network FILE.pt --name bounded --sigmas 1
+
+in the mode `bounded` at these deviations where it was trained for that, else in `mix` and `split`.
 """
 
 from __future__ import annotations
@@ -23,19 +29,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
+from benchmarks.attacked import kept_bundle, untrained
 from benchmarks.report import environment
 from datamix.bundle import (
-    ArchitectureSpec,
     BoundedSpec,
     Manifest,
     SplitSpec,
     read_manifest,
-    save_bundle,
 )
-from datamix.models import Architecture, build
-from edge.audit.attack import Attack, Budget
+from datamix.errors import ConfigError
+from edge.audit.attack import Attack, Budget, Claim
 from edge.audit.attacks import suite
 from edge.audit.capture import Capture
 from edge.audit.material import Material, load_material
@@ -43,15 +46,16 @@ from edge.audit.observation import Observation, Operator, Public
 from edge.audit.record import open_model, record
 from edge.audit.scoring import Scorer, verdict
 from edge.audit.truth import Truth
-from edge.data import load_dataset
-from edge.preprocess import preprocessor
 from edge.promises import promise
 from edge.runtime import TorchDevice
 
 SCHEMA_VERSION = 1
 PAGE = Path(__file__).parents[1] / "docs" / "attacks.md"
 _BEGIN, _END = "<!-- table of benchmarks.attacks -->", "<!-- end of the table -->"
-_ORDER = ("mode", "sigma", "dataset", "bundle", "group_size", "attack", "operator", "metric")
+_ORDER = (
+    *("mode", "sigma", "dataset", "bundle", "repeats", "group_size", "attack", "operator"),
+    "metric",
+)
 BUNDLES = Path(__file__).parents[1] / "bundles"
 KNOWN = "bounded-known"
 Row = dict[str, Any]
@@ -67,7 +71,8 @@ class Setting:
         mode: "mix", "bounded", "split", or "bounded-known".
         sigma: of the noise; 0 for mix.
         group_size: K.
-        groups: inferences.
+        groups: of victims.
+        repeats: inferences of each, in a row.
     """
 
     bundle: str
@@ -76,6 +81,7 @@ class Setting:
     sigma: float
     group_size: int
     groups: int
+    repeats: int = 1
 
 
 def settings(groups: int) -> tuple[Setting, ...]:
@@ -91,8 +97,34 @@ def settings(groups: int) -> tuple[Setting, ...]:
     ]
     for mode, sigmas in (("bounded", (0.3, 1, 2, 4)), (KNOWN, (0.3, 1, 2, 4))):
         found += [Setting(fashion, "fashion-mnist", mode, sigma, 4, groups) for sigma in sigmas]
+    for repeats in (4, 16):
+        found.append(Setting(fashion, "fashion-mnist", "bounded", 4, 4, groups, repeats))
     for sigma in (10, 70, 310):  # the last one is the shipped bundle's
         found.append(Setting(fashion, "fashion-mnist", "split", sigma, 4, groups))
+    found.append(
+        Setting("fashion-mnist-one-round", "fashion-mnist", "split", 310, 4, groups),
+    )
+    found.append(Setting(speech, "speech-commands", "split", 720, 4, groups))
+    return tuple(found)
+
+
+def network_settings(
+    bundle: Path, dataset: str, sigmas: Sequence[float], groups: int
+) -> tuple[Setting, ...]:
+    """Captures of a network of :func:`kept_bundle`."""
+    manifest = read_manifest(bundle)
+    name = manifest.name
+    if manifest.mode != "bounded":
+        found = [Setting(name, dataset, "mix", 0, size, groups) for size in (4, 8)]
+        assert manifest.split is not None  # linear, so made for it
+        return (*found, Setting(name, dataset, "split", manifest.split.sigma, 4, groups))
+    if not sigmas:
+        raise ConfigError(
+            f"{name} was trained with noise, expected --sigmas, those of its training"
+        )
+    modes = ("bounded", KNOWN)
+    found = [Setting(name, dataset, mode, s, 4, groups) for mode in modes for s in sigmas]
+    found += [Setting(name, dataset, "bounded", s, 4, groups, 16) for s in sigmas]
     return tuple(found)
 
 
@@ -101,41 +133,14 @@ def declared(manifest: Manifest, setting: Setting) -> Manifest:
     update: dict[str, Any] = {"group_size": setting.group_size}
     if setting.mode == "bounded":
         update["bounded"] = BoundedSpec(sigma=setting.sigma)
-    elif setting.mode != "mix":
+    elif setting.mode != "mix" and (manifest.split is None or not _own(manifest, setting)):
         update["split"] = SplitSpec(sigma=setting.sigma, wire_dtype="float32", tolerance=1.0)
     return manifest.model_copy(update=update)
 
 
-def untrained(dataset: str, directory: Path | None, folder: Path, seed: int = 0) -> Path:
-    """A bundle of a network with random weights, its norms set by public inputs."""
-    data = load_dataset(dataset, "train", directory)
-    shape = data.preprocessing.input_shape
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        options: dict[str, int | str] = {
-            "input": ",".join(map(str, shape)),
-            "classes": len(data.class_names),
-            "cloud": "linear",
-        }
-        model = build(Architecture("bridgenet", options))
-        inputs = torch.from_numpy(preprocessor(data.preprocessing)(data.inputs[slice(0, 512)]))
-        with torch.no_grad():
-            for _ in range(60):
-                model(inputs[torch.randperm(len(inputs))[:64]])
-    save_bundle(
-        folder / "untrained",
-        model.eval(),
-        name=f"{dataset}-untrained",
-        version="1",
-        mode="mix",
-        group_size=4,
-        architecture=ArchitectureSpec(name="bridgenet", options=options),
-        preprocessing=data.preprocessing,
-        class_names=data.class_names,
-        tolerance=0.05,
-        metrics={},
-    )
-    return folder / "untrained"
+def _own(manifest: Manifest, setting: Setting) -> bool:
+    """Whether the noise is what the bundle was made for, so that its own wire is attacked."""
+    return manifest.split is not None and manifest.split.sigma == setting.sigma
 
 
 def attack_setting(
@@ -150,11 +155,14 @@ def attack_setting(
     device = TorchDevice(bundle)
     manifest = device.manifest = declared(device.manifest, setting)
     mode = "split" if setting.mode == KNOWN else setting.mode
-    capture, truth = record(bundle, device, mode, material, setting.groups, seed=seed)
+    capture, truth = record(
+        bundle, device, mode, material, setting.groups, seed=seed, repeats=setting.repeats
+    )
     public = Public(
         manifest, open_model(bundle), material.training, material.gallery, material.gallery_labels
     )
-    scorer = Scorer(public, truth.victims, seed)
+    # A group that was sent several times counts once, or intervals would be too narrow.
+    scorer = Scorer(public, truth.victims[:: setting.repeats], seed)
     for attack in attacks:
         if mode not in attack.modes or (setting.mode == KNOWN and attack.name != "noisy-decoder"):
             continue
@@ -176,9 +184,9 @@ def _rows(
     mode = capture.header.mode
     begin_s = time.perf_counter()
     observation = Observation(mode, operator, capture.of(operator), public)
-    claim = attack.run(observation, Budget(seconds, truth.seed))
+    claim = once(attack.run(observation, Budget(seconds, truth.seed)), setting.repeats)
     took_s = time.perf_counter() - begin_s
-    promised = promise(public.manifest, mode).bits_per_input
+    promised = promise(public.manifest, mode).bits_per_input * setting.repeats
     bound = 0.0 if operator == "B" else promised
     for score in scorer.score(claim):
         yield {
@@ -190,6 +198,7 @@ def _rows(
             "bundle": public.manifest.name,
             "group_size": setting.group_size,
             "groups": setting.groups,
+            "repeats": setting.repeats,
             "metric": score.metric,
             "value": score.found.value,
             "low": score.found.low,
@@ -206,9 +215,19 @@ def _rows(
         }
 
 
+def once(claim: Claim, repeats: int) -> Claim:
+    """What is claimed of the first of each so many requests; of pairs, nothing."""
+    if repeats == 1:
+        return claim
+    parts = (claim.inputs, claim.gallery_scores, claim.attributes)
+    inputs, scores, attributes = (None if part is None else part[::repeats] for part in parts)
+    return Claim(inputs, scores, attributes, notes=claim.notes)
+
+
 def _line(row: Row) -> str:
     return (
         f"{row['dataset']:16s} {row['mode']:13s} sigma {row['sigma']:<5g} K {row['group_size']}"
+        f" x{row['repeats']}"
         f" {row['attack']:18s} {row['metric']:12s} {row['value']:7.3f}"
         f" [{row['low']:.3f}, {row['high']:.3f}] floor {row['floor']:.3f}"
         f" [{row['floor_low']:.3f}, {row['floor_high']:.3f}] {row['verdict']}"
@@ -224,6 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--modes", default="", help="only these, with commas")
     parser.add_argument("--datasets", default="", help="only these, with commas")
+    parser.add_argument("--bundles", default="", help="only these, with commas")
+    parser.add_argument("--network", type=Path, help="weights that an experiment kept")
+    parser.add_argument("--name", default="kept", help="of that network, as its arm's")
+    parser.add_argument("--dataset", default="fashion-mnist", help="that network's")
     parser.add_argument("--sigmas", default="", help="only these, with commas")
     parser.add_argument("--attacks", default="", help="only these, with commas")
     parser.add_argument("--page", action="store_true", help="only write docs/attacks.md's table")
@@ -234,16 +257,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     attacks = suite(given.attacks.split(",") if given.attacks else None)
     before = _before(given.json)
+    with tempfile.TemporaryDirectory() as folder:
+        kept = _kept(given, Path(folder))
+        chosen = settings(given.groups)
+        if kept is not None:
+            chosen = network_settings(kept, given.dataset, _numbers(given.sigmas), given.groups)
+        _run(given, chosen, kept, attacks, before)
+    return 0
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",") if part]
+
+
+def _kept(given: argparse.Namespace, folder: Path) -> Path | None:
+    """The bundle of the network that is given, if one is."""
+    if given.network is None:
+        return None
+    sigma = (_numbers(given.sigmas) or [1.0])[0]
+    return kept_bundle(given.network, given.name, given.dataset, sigma, given.data, folder)
+
+
+def _run(
+    given: argparse.Namespace,
+    chosen: Sequence[Setting],
+    kept: Path | None,
+    attacks: Sequence[Attack],
+    before: dict[str, Any],
+) -> None:
+    """Attack the settings that are asked for; rows are written after each."""
     rows: list[Row] = []
-    for setting in settings(given.groups):
+    for setting in chosen:
         if given.modes and setting.mode not in given.modes.split(","):
             continue
-        if given.sigmas and setting.sigma not in map(float, given.sigmas.split(",")):
+        if given.sigmas and setting.mode != "mix" and setting.sigma not in _numbers(given.sigmas):
             continue
-        if given.datasets and setting.dataset not in given.datasets.split(","):
+        if given.bundles and setting.bundle not in given.bundles.split(","):
+            continue
+        if kept is None and given.datasets and setting.dataset not in given.datasets.split(","):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            bundle = BUNDLES / setting.bundle
+            bundle = kept or BUNDLES / setting.bundle
             if not setting.bundle:
                 bundle = untrained(setting.dataset, given.data, Path(folder), given.seed)
             material = load_material(
@@ -256,10 +310,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(row)
         if given.json is not None:
             given.json.write_text(document(before, rows, given))
-    return 0
 
 
-_WHICH = ("attack", "bundle", "dataset", "mode", "sigma", "group_size", "operator", "metric")
+_WHICH = (
+    *("attack", "bundle", "dataset", "mode", "sigma", "group_size", "operator", "metric"),
+    "repeats",
+)
 
 
 def _before(path: Path | None) -> dict[str, Any]:
@@ -273,9 +329,17 @@ def _before(path: Path | None) -> dict[str, Any]:
 def document(before: dict[str, Any], rows: list[Row], given: argparse.Namespace) -> str:
     """The JSON text: this run's surroundings, all runs, and all rows; newer ones replace older."""
     head = {"schema_version": SCHEMA_VERSION, **environment(), "seed": given.seed}
-    found = {tuple(row[key] for key in _WHICH): row for row in (*before["rows"], *rows)}
+    # Rows of before there were repeats have none of that key.
+    both = [{"repeats": 1, **row} for row in (*before["rows"], *rows)]
+    found = {tuple(row[key] for key in _WHICH): row for row in both}
     runs = [*before["runs"], head["command"]]
     return json.dumps({**head, "runs": runs, "rows": list(found.values())}, indent=1) + "\n"
+
+
+def _network(row: Row) -> str:
+    """Which network it was, where it is not the data set's usual one."""
+    name: str = row["bundle"].removeprefix(row["dataset"]).removeprefix("-")
+    return "" if name in ("mix", "untrained") else f", {name.replace('-', ' ')}"
 
 
 def write_page(rows: Sequence[Row], page: Path = PAGE) -> None:
@@ -284,10 +348,11 @@ def write_page(rows: Sequence[Row], page: Path = PAGE) -> None:
     _, _, after = rest.partition(_END)
     columns = ("data", "mode", "sigma", "K", "n", "attack", "metric", "value", "floor", "verdict")
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for row in sorted(rows, key=lambda row: [str(row[key]) for key in _ORDER]):
+    for row in sorted(rows, key=lambda row: [str(row.get(key, 1)) for key in _ORDER]):
+        copies = row.get("repeats", 1)
         cells = (
-            row["dataset"] + (", one round" if row["bundle"].endswith("one-round") else ""),
-            row["mode"],
+            row["dataset"] + _network(row),
+            row["mode"] + (f", {copies} copies" if copies > 1 else ""),
             f"{row['sigma']:g}" if row["sigma"] else "",
             str(row["group_size"]),
             str(row["n"]),

@@ -68,7 +68,11 @@ def run(bundle: str, rounds: int) -> list[dict[str, Any]]:
             try:
                 while True:
                     message = wire.encode_request(
-                        step.features, request_id="0" * 24, dtype=dtype, block=step.block
+                        step.features,
+                        request_id="0" * 24,
+                        dtype=dtype,
+                        block=step.block,
+                        step=step.step,
                     )
                     up[mode] += len(message)
                     at_s = time.process_time()

@@ -31,6 +31,7 @@ from datamix.errors import ConfigError, DataMixError
 
 if TYPE_CHECKING:
     from deployments.config import Config
+    from edge.fleet.crew import Launch
 
 app = typer.Typer(
     name="datamix",
@@ -391,7 +392,10 @@ def export(
 
 @app.command()
 def simulate(
-    url: Annotated[str, typer.Option(help="Base URL of the cloud, http://host:port.")],
+    url: Annotated[
+        list[str],
+        typer.Option(help="Base URL of the cloud, http://host:port; several for more front doors."),
+    ],
     bundle: Annotated[
         str | None, typer.Option(help="Folder or URI of the bundle the devices run.")
     ] = None,
@@ -402,7 +406,19 @@ def simulate(
     rate: Annotated[float, typer.Option(help="Inferences (groups) per second, all devices.")] = 50,
     duration: Annotated[float, typer.Option(help="Seconds in which inferences fall due.")] = 20,
     seed: Annotated[int, typer.Option(help="Same seed, same schedule.")] = 0,
-    processes: Annotated[int, typer.Option(help="Processes that hold the devices.")] = 1,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="Processes that hold the devices; else 1, on Ray as many as have room."),
+    ] = None,
+    on_ray: Annotated[
+        bool, typer.Option("--on-ray", help="Processes are actors of a Ray cluster.")
+    ] = False,
+    ray_address: Annotated[
+        str, typer.Option(help="The Ray cluster, auto or host:port, with --on-ray.")
+    ] = "auto",
+    ray_resources: Annotated[
+        str, typer.Option(help="What an actor takes of its node, such as CPU=1,generator=1.")
+    ] = "CPU=1",
     pacer: Annotated[
         str,
         typer.Option(
@@ -436,6 +452,10 @@ def simulate(
     verify: Annotated[bool, typer.Option(help="Compare every answer with the local one.")] = True,
     timeout: Annotated[float, typer.Option(help="Seconds until an inference has failed.")] = 10,
     rows: Annotated[int, typer.Option(help="Rows per message of the echo workload.")] = 4,
+    precompute: Annotated[
+        int,
+        typer.Option(help="Mix so many groups once and repeat them, as no device would; 0: never."),
+    ] = 0,
     mode: ModeName = None,
     second: SecondUrl = None,
     second_token_file: SecondTokenFile = None,
@@ -464,38 +484,50 @@ def simulate(
     from edge.fleet import profiles as kinds
     from edge.fleet.command import run
     from edge.fleet.config import FleetConfig
+    from edge.fleet.processes import processes as own_processes
     from edge.fleet.threshold import parse_threshold
 
     gates = [parse_threshold(text) for text in threshold or ()]
 
-    config = FleetConfig(
-        url=url,
-        bundle=bundle,
-        inputs=inputs,
-        devices=devices,
-        rate=rate,
-        duration_s=duration,
-        seed=seed,
-        processes=processes,
-        pacer=pacer,
-        workload=workload,
-        verify=verify,
-        timeout_s=timeout,
-        rows=rows,
-        token=_token(token_file),
-        ca_file=None if ca_file is None else str(ca_file),
-        mode=mode,
-        second=second,
-        second_token=None if second_token_file is None else _token(second_token_file),
-        allow_same_operator=allow_same_operator,
-        masks_ahead=masks_ahead,
-        profiles=() if profiles is None else kinds.read(profiles),
-        churn=None if churn is None else behaviour.churn(churn),
-        storms=tuple(behaviour.storm(text) for text in storm or ()),
-        slow_readers=None if slow_readers is None else behaviour.slow_readers(slow_readers),
-        cancel=None if cancel is None else behaviour.cancellations(cancel),
-    )
-    raise typer.Exit(run(config, json_path, html_path, gates))
+    with contextlib.ExitStack() as stack:
+        launch: Launch = own_processes
+        if on_ray:
+            from cluster.ray_fleet import on_ray as connect
+            from cluster.ray_fleet import parse_resources
+
+            fleet = stack.enter_context(connect(ray_address, parse_resources(ray_resources)))
+            launch = fleet
+            processes = fleet.room() if processes is None else processes
+        config = FleetConfig(
+            url=url[0],
+            doors=tuple(url[1:]),
+            bundle=bundle,
+            inputs=inputs,
+            devices=devices,
+            rate=rate,
+            duration_s=duration,
+            seed=seed,
+            processes=1 if processes is None else processes,
+            pacer=pacer,
+            workload=workload,
+            verify=verify,
+            timeout_s=timeout,
+            rows=rows,
+            precompute=precompute,
+            token=_token(token_file),
+            ca_file=None if ca_file is None else str(ca_file),
+            mode=mode,
+            second=second,
+            second_token=None if second_token_file is None else _token(second_token_file),
+            allow_same_operator=allow_same_operator,
+            masks_ahead=masks_ahead,
+            profiles=() if profiles is None else kinds.read(profiles),
+            churn=None if churn is None else behaviour.churn(churn),
+            storms=tuple(behaviour.storm(text) for text in storm or ()),
+            slow_readers=None if slow_readers is None else behaviour.slow_readers(slow_readers),
+            cancel=None if cancel is None else behaviour.cancellations(cancel),
+        )
+        raise typer.Exit(run(config, json_path, html_path, gates, launch))
 
 
 @app.command()

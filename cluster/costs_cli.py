@@ -16,7 +16,8 @@ def costs(
     ] = None,
     group_size: Annotated[int, typer.Option(help="Inputs mixed together; 0: no mixing.")] = 8,
     wire_dtype: Annotated[
-        Literal["float32", "float16", "int8"], typer.Option(help="Of the values on the wire.")
+        Literal["float32", "float16", "int8", "int16"],
+        typer.Option(help="Of the values on the wire."),
     ] = "float16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:

@@ -68,7 +68,8 @@ def search(
         int | None, typer.Option(help="Inputs mixed together; else the preset's, or 8.")
     ] = None,
     wire_dtype: Annotated[
-        Literal["float16", "float32", "int8"], typer.Option(help="What bytes are counted for.")
+        Literal["float16", "float32", "int8", "int16"],
+        typer.Option(help="What bytes are counted for."),
     ] = "float16",
     seconds: Annotated[
         float, typer.Option(help="CPU seconds of each training in the first rung.")

@@ -150,6 +150,9 @@ def bundle(
     model_version: Annotated[str, typer.Option(help="Of the model.")] = "1",
     arm: Annotated[str, typer.Option(help="Whose network; its blocks are linear.")] = "linear",
     seed: Annotated[int, typer.Option(help="Of its training.")] = 0,
+    noise_sigma: Annotated[
+        float | None, typer.Option(help="Of its training, where the arm has several.")
+    ] = None,
     group_size: Annotated[int, typer.Option(help="Inputs mixed together.")] = 4,
     results: Annotated[Path, typer.Option(help="Rows of the experiment.")] = Path(
         "docs/results.json"
@@ -169,6 +172,7 @@ def bundle(
         output,
         label=arm,
         seed=seed,
+        noise_sigma=noise_sigma,
         group_size=group_size,
         runs=runs,
         results=results,
@@ -186,11 +190,14 @@ def results(
     plots: Annotated[
         Path | None, typer.Option(help="Folder for plots; else beside the page, of its name.")
     ] = None,
+    attacks: Annotated[
+        Path, typer.Option(help="What benchmarks.attacks wrote, for the mode bounded.")
+    ] = Path("docs/benchmarks/attacks.json"),
 ) -> None:
     """Make the page of results from the rows: tables, plots, the paper's claims."""
     from edge.results_page import write_page
 
-    write_page(json_path, markdown, plots or markdown.with_suffix(""))
+    write_page(json_path, markdown, plots or markdown.with_suffix(""), attacks)
 
 
 def _absolute(path: Path | None) -> str | None:

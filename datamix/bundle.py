@@ -86,12 +86,13 @@ class SplitSpec(Strict):
 
     Attributes:
         sigma: deviation of the noise that hides features of mean square 1 at most.
-        wire_dtype: value type of what leaves for the operator that gets the features.
+        wire_dtype: value type of what leaves for the operator that gets the features; ``int16`` in
+            steps that follow from sigma (docs/privacy.md).
         tolerance: as the manifest's, for de-noised block outputs with these two.
     """
 
     sigma: Annotated[FiniteFloat, Field(gt=0, le=MAX_SIGMA)]
-    wire_dtype: Literal["float16", "float32"]
+    wire_dtype: Literal["float16", "int16", "float32"]
     tolerance: Annotated[FiniteFloat, Field(gt=0, le=1)]
 
 

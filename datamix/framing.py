@@ -20,18 +20,20 @@ import numpy.typing as npt
 
 from datamix import flat, ipc
 
-Dtype = Literal["float16", "float32", "int8"]
+Dtype = Literal["float16", "float32", "int8", "int16"]
 Array = npt.NDArray[Any]
 Buffer = bytes | bytearray | memoryview
 Values = Mapping[str, str]
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 # By the dtype's one-letter code: numpy builds `dtype.name` anew on each access.
+STEPS: Mapping[str, int] = {"int8": 127, "int16": 32767}
+"""Integer types, which have a scale per row: value = integer * scale; so many steps each way."""
 DTYPE_OF: dict[str, Dtype] = {np.dtype(name).char: name for name in DTYPES}
 
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of a stream
 
-_PADDING = 8  # Arrow aligns each buffer of a message's body to 8 bytes
+PADDING = 8  # Arrow aligns each buffer of a message's body to 8 bytes
 
 
 def _messages(
@@ -52,14 +54,15 @@ def _header(dtype: Dtype, shape: tuple[int, ...], rows: int) -> tuple[Any, bytes
     The header does not depend on the values, so pyarrow writes it once, over zeros.
     """
     pa = ipc.arrow
-    types = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}
+    types = {"float16": pa.float16(), "float32": pa.float32()}
+    types |= {"int8": pa.int8(), "int16": pa.int16()}
     tensor = pa.fixed_shape_tensor(types[dtype], shape)
     size = math.prod(shape)
     zeros = _zeros(types[dtype], rows * size)
     storage = pa.FixedSizeListArray.from_arrays(zeros, size)
     columns = [pa.ExtensionArray.from_storage(tensor, storage)]
     fields = [pa.field("features", tensor, nullable=False)]
-    if dtype == "int8":
+    if dtype in STEPS:
         columns.append(_zeros(pa.float32(), rows))
         fields.append(pa.field("scale", pa.float32(), nullable=False))
     schema = pa.schema(fields)
@@ -104,10 +107,10 @@ class Template(NamedTuple):
             at += 1
         if features.size:
             parts.append(features.data)
-        if padding := -features.nbytes % _PADDING:
+        if padding := -features.nbytes % PADDING:
             parts.append(bytes(padding))
         if scale is not None and scale.size:
-            parts += (scale.data, bytes(-scale.nbytes % _PADDING))
+            parts += (scale.data, bytes(-scale.nbytes % PADDING))
         parts.append(END)
         return parts
 

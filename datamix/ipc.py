@@ -31,6 +31,8 @@ _INT, _FLOAT, _LIST = 2, 3, 16  # kinds of type
 _NAME, _EXTENSION = b"ARROW:extension:name", b"ARROW:extension:metadata"
 _TENSOR = b"arrow.fixed_shape_tensor"
 _FLOATS = {0: "float16", 1: "float32", 2: "float64"}
+_INTEGERS = {"int8": 8, "int16": 16}  # bits of those that have scales
+_VALUE_BYTES = {"float16": 2, "float32": 4, "int8": 1, "int16": 2}
 _MOST_COLUMNS = 16
 
 
@@ -38,7 +40,7 @@ class Tensor(NamedTuple):
     """The type of a column of tensors.
 
     Attributes:
-        value_type: ``float16``, ``float32``, ``int8`` or something else.
+        value_type: ``float16``, ``float32``, ``int8``, ``int16`` or something else.
         shape: of one row.
         permutation: of its dimensions; None where they are in order.
     """
@@ -76,7 +78,7 @@ class Opened(NamedTuple):
 
 
 def schema_message(dtype: str, shape: tuple[int, ...], metadata: Mapping[str, bytes]) -> bytes:
-    """The schema of features with rows of ``shape``, and with int8 of scales, as one message."""
+    """The schema of features with rows of ``shape``, and of scales, as one message."""
     extension = json.dumps({"shape": list(shape)}, separators=(",", ":")).encode()
     item = _field("item", _value_type(dtype), nullable=True)
     features = _field(
@@ -86,7 +88,7 @@ def schema_message(dtype: str, shape: tuple[int, ...], metadata: Mapping[str, by
         metadata={_NAME: _TENSOR, _EXTENSION: extension},
     )
     columns = [features]
-    if dtype == "int8":
+    if dtype in _INTEGERS:
         columns.append(_field("scale", _value_type("float32")))
     pairs = {key.encode(): value for key, value in metadata.items()}
     return _message(_SCHEMA, _Table({1: columns, 2: _pairs(pairs)}), 0)
@@ -95,8 +97,8 @@ def schema_message(dtype: str, shape: tuple[int, ...], metadata: Mapping[str, by
 def batch_header(dtype: str, shape: tuple[int, ...], rows: int) -> bytes:
     """What stands before the body of a record batch of so many rows."""
     values = rows * math.prod(shape)
-    nodes, sizes = [rows, values], [0, 0, values * {"float16": 2, "float32": 4, "int8": 1}[dtype]]
-    if dtype == "int8":
+    nodes, sizes = [rows, values], [0, 0, values * _VALUE_BYTES[dtype]]
+    if dtype in _INTEGERS:
         nodes.append(rows)
         sizes += [0, 4 * rows]
     buffers, at = [], 0
@@ -126,8 +128,8 @@ class _Structs(NamedTuple):
 
 
 def _value_type(dtype: str) -> tuple[int, _Table]:
-    if dtype == "int8":
-        return _INT, _Table({0: ("<i", 8), 1: ("<B", 1)})
+    if dtype in _INTEGERS:
+        return _INT, _Table({0: ("<i", _INTEGERS[dtype]), 1: ("<B", 1)})
     return _FLOAT, _Table({0: ("<h", 0 if dtype == "float16" else 1)})
 
 
@@ -277,10 +279,10 @@ def _tables(data: bytes, table: int, number: int) -> list[int]:
 
 
 def _metadata(data: bytes, table: int, number: int) -> dict[bytes, bytes]:
-    found = {}
+    found: dict[bytes, bytes] = {}
     for entry in _tables(data, table, number):
         key, value = (flat.string(data, flat.field(data, entry, slot)) for slot in (0, 1))
-        found[data[slice(*key)]] = data[slice(*value)]
+        found.setdefault(data[slice(*key)], data[slice(*value)])  # the first one, as for pyarrow
     return found
 
 
@@ -294,14 +296,15 @@ class _Column:
         self.name = data[slice(*flat.string(data, flat.field(data, table, 0)))].decode()
 
     def value_type(self) -> str:
-        """``float16``, ``float32``, ``int8``, or ``other``."""
+        """``float16``, ``float32``, ``int8``, ``int16``, or ``other``."""
         kind, table = self._type()
         if _tables(self._data, self._table, 5) or _metadata(self._data, self._table, 6):
             return "other"
         if kind == _FLOAT:
             return _FLOATS.get(self._number("<h", table, 0), "other")
-        if kind == _INT and self._number("<i", table, 0) == 8 and self._number("<b", table, 1):
-            return "int8"
+        if kind == _INT and self._number("<b", table, 1):
+            bits = self._number("<i", table, 0)
+            return next((name for name, width in _INTEGERS.items() if width == bits), "other")
         return "other"
 
     def tensor(self) -> Tensor | None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from datamix import flat, ipc
 from datamix.errors import TooLarge, WireError
-from datamix.framing import DTYPE_OF, DTYPES, END, Array, Buffer, Dtype, Values
+from datamix.framing import DTYPE_OF, DTYPES, END, STEPS, Array, Buffer, Dtype, Values
 
 _START = b"\xff\xff\xff\xff"
 _MAX_DIMENSIONS = 8  # of a row; numpy has a limit too, and raises no WireError
@@ -37,7 +37,7 @@ class Frame(NamedTuple, Generic[T]):
 
     Attributes:
         features: (rows, *shape); a view of the message where it was not compressed.
-        scale: (rows,) float32 with int8 features, else None; a view, too.
+        scale: (rows,) float32 with integer features, else None; a view, too.
         parsed: what the reader made of the metadata that seldom changes.
         variables: the metadata that does.
     """
@@ -199,10 +199,14 @@ def _parse(body: Buffer, *, max_bytes: int, max_rows: int) -> _Parsed:
         raise WireError("record batch is not followed by the end of the stream and nothing else")
     names = opened.names
     if names not in (["features"], ["features", "scale"]):
-        raise WireError(f"message has {len(names)} columns, expected features, or with int8 scale")
+        raise WireError(
+            f"message has {len(names)} columns, expected features, or with integers scale"
+        )
     dtype, shape = _tensor_type(opened.tensor)
-    if (dtype == "int8") != (len(names) == 2):
-        raise WireError(f"a scale column belongs to int8 features, and to them only, got {dtype}")
+    if (dtype in STEPS) != (len(names) == 2):
+        raise WireError(
+            f"a scale column belongs to int8 and int16 features, and to them only, got {dtype}"
+        )
     if len(names) == 2 and opened.second != "float32":
         raise WireError("column scale has the wrong type, expected float32")
     if layout.rows > max_rows:
@@ -213,7 +217,7 @@ def _parse(body: Buffer, *, max_bytes: int, max_rows: int) -> _Parsed:
         raise WireError("columns disagree about the number of rows, or hold nulls")
     buffers = _buffers(opened.body, layout, max_bytes)
     if len(buffers) != (3 if len(names) == 1 else 5):
-        raise WireError(f"record batch has {len(buffers)} buffers, expected 3, or 5 with int8")
+        raise WireError(f"record batch has {len(buffers)} buffers, expected 3, or 5 with a scale")
     features = _values(buffers[2], dtype, layout.rows * size).reshape(layout.rows, *shape)
     scale = _values(buffers[4], "float32", layout.rows) if len(names) == 2 else None
     metadata = _strings(opened.metadata)
@@ -260,7 +264,7 @@ def _open(body: Buffer) -> ipc.Opened:
 
 
 # What pyarrow calls our value types.
-_NAMES = {"halffloat": "float16", "float": "float32", "int8": "int8"}
+_NAMES = {"halffloat": "float16", "float": "float32", "int8": "int8", "int16": "int16"}
 
 
 def _arrow_tensor(kind: Any) -> ipc.Tensor | None:

@@ -2,8 +2,8 @@
 
 One message is one complete Arrow IPC stream: a schema, exactly one record batch, end-of-stream.
 
-    request   features: fixed_shape_tensor(float16 | float32 | int8), one row is one mixture
-              scale:    float32, only with int8 (value = int8 * scale)
+    request   features: fixed_shape_tensor(float16 | float32 | int8 | int16), one row is one mixture
+              scale:    float32, only with integers (value = integer * scale)
               metadata: datamix.protocol, datamix.request_id, and what the sender wants
     response  the same columns, the backbone's output per row, and timings as metadata
 
@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from datamix import flat
 from datamix.errors import NonFinite, WireError
-from datamix.framing import DTYPE_OF, Array, Buffer, Template, Values, frame, template
+from datamix.framing import DTYPE_OF, STEPS, Array, Buffer, Template, Values, frame, template
 from datamix.framing import DTYPES as DTYPES  # part of this module's interface
 from datamix.framing import Dtype as Dtype
 from datamix.noise import MAP as NOISE_MAP
@@ -35,7 +35,6 @@ MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 CLOSE_REASONS = ("engine_free", "full", "deadline", "drain")
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
-_NUMBER = re.compile(r"[0-9]{1,12}\Z")
 # Signed and unsigned integers of a float's size, and the bits of positive and negative infinity.
 _INFINITY = {
     2: (np.int16, 0x7C00, np.uint16, 0xFC00),
@@ -47,8 +46,8 @@ class Request(NamedTuple):
     """A decoded request.
 
     Attributes:
-        features: (rows, *shape), float16, float32 or int8; a read-only view of the message.
-        scale: (rows,) float32 with int8 features, else None.
+        features: (rows, *shape), in one of ``DTYPES``; a read-only view of the message.
+        scale: (rows,) float32 with integer features, else None.
         request_id: 1 to 64 characters of ``[A-Za-z0-9._-]``.
         model: the model asked for; None for the one of the path.
         model_version: the version asked for; None for the newest.
@@ -87,7 +86,7 @@ class Response(NamedTuple):
 
     Attributes:
         features: (rows, *shape), in the request's value type; zero rows with an error.
-        scale: (rows,) float32 with int8 features, else None.
+        scale: (rows,) float32 with integer features, else None.
         request_id: the request this answers.
         status: an HTTP status; 200 is an answer.
         error: one plain sentence where ``status`` is not 200.
@@ -138,28 +137,33 @@ def is_finite(values: Array) -> bool:
     )
 
 
-def quantise(values: Array, dtype: Dtype, *, check: bool = True) -> tuple[Array, Array | None]:
-    """Float values (rows, *shape) in the wire's value type, with a scale per row for int8.
+def quantise(
+    values: Array, dtype: Dtype, *, check: bool = True, step: float | None = None
+) -> tuple[Array, Array | None]:
+    """Float values (rows, *shape) in the wire's value type, with a scale per row for integers.
 
-    Without ``check``, values that are not finite go through as float16 and float32.
+    Without ``check``, values that are not finite go through as float16 and float32. A row's scale
+    is its largest magnitude over the type's steps each way, or ``step``, for integers only.
 
     Raises:
-        NonFinite: a value is NaN or Inf, or too large for float16.
-        WireError: ``dtype`` is none of ``DTYPES``.
+        NonFinite: a value is NaN or Inf, or too large for float16, or for so many of ``step``.
+        WireError: ``dtype`` is none of ``DTYPES``, or ``step`` none of a positive float32.
     """
-    if dtype == "int8":
+    if dtype in STEPS:
         with np.errstate(over="ignore"):  # an overflow becomes Inf, which the next line refuses
             values = np.ascontiguousarray(values, np.float32)
         if not is_finite(values):
             raise NonFinite("features hold NaN or Inf, expected finite values")
-        flat = values.reshape(len(values), -1)
-        # The largest magnitude, without a copy that holds all of them.
-        scale = np.maximum(flat.max(axis=1), -flat.min(axis=1)) / np.float32(127)
-        # Below the least normal float a scale is too coarse a number: 127 steps could miss the
-        # largest value. A row of zeros is divided safely, too.
-        scale = np.maximum(scale, np.finfo(np.float32).tiny)
+        scale = _scales(values, STEPS[dtype], step)
         steps = values / scale.reshape(-1, *[1] * (values.ndim - 1))
-        return np.rint(steps, out=steps).astype(np.int8), scale
+        np.rint(steps, out=steps)
+        if step is not None and steps.size and np.abs(steps).max() > STEPS[dtype]:
+            raise NonFinite(
+                f"features exceed {STEPS[dtype]} steps of {step:g}, which {dtype} holds"
+            )
+        return steps.astype(dtype), scale
+    if step is not None:
+        raise WireError(f"step is {step:g} for {dtype}, expected one with int8 and int16 only")
     if dtype not in DTYPES:
         raise WireError(f"value type is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if values.dtype == dtype:
@@ -170,6 +174,22 @@ def quantise(values: Array, dtype: Dtype, *, check: bool = True) -> tuple[Array,
     if check and not is_finite(converted):
         raise NonFinite(f"features hold values that are not finite as {dtype}")
     return converted, None
+
+
+def _scales(values: Array, steps: int, step: float | None) -> npt.NDArray[np.float32]:
+    """A scale per row: ``step``, or as coarse as the row's largest value needs."""
+    if step is not None:
+        # A subnormal one would be too coarse a number.
+        if not np.finfo(np.float32).tiny <= step <= np.finfo(np.float32).max / (steps + 1):
+            raise WireError(f"step is {step}, expected a positive float32 that is not extreme")
+        return np.full(len(values), step, np.float32)
+    flat = values.reshape(len(values), -1)
+    # The largest magnitude, without a copy that holds all of them.
+    scale = np.maximum(flat.max(axis=1), -flat.min(axis=1)) / np.float32(steps)
+    # Below the least normal float a scale is too coarse a number: the steps could miss the
+    # largest value. A row of zeros is divided safely, too.
+    least: npt.NDArray[np.float32] = np.maximum(scale, np.finfo(np.float32).tiny)
+    return least
 
 
 def dequantise(values: Array, scale: Array | None) -> npt.NDArray[np.float32]:
@@ -185,7 +205,7 @@ def _is_finite(values: Array, scale: Array | None) -> bool:
     """Whether ``values * scale`` is finite, without the product where no scale is enormous."""
     if scale is None:
         return is_finite(values)
-    if np.abs(scale).max() <= np.finfo(np.float32).max / 128:  # NaN is not
+    if np.abs(scale).max() <= np.finfo(np.float32).max / (1 << 15):  # NaN is not
         return True
     return is_finite(dequantise(values, scale))
 
@@ -199,16 +219,19 @@ def _name(metadata: Values, key: str) -> str | None:
 
 def _number(metadata: Values, key: str) -> int | None:
     value = metadata.get(key)
-    if value is None:
-        return None
-    if not _NUMBER.match(value):
-        raise WireError(f"{key} is not a whole number of at most 12 digits")
-    return int(value)
+    return None if value is None else _whole(key, value)
 
 
 def _number_or(metadata: Values, key: str, default: int) -> int:
-    number = _number(metadata, key)
-    return default if number is None else number
+    value = metadata.get(key)
+    return default if value is None else _whole(key, value)
+
+
+def _whole(key: str, value: str) -> int:
+    # In every message several times, so without a regular expression.
+    if not (value.isascii() and value.isdigit() and len(value) <= 12):
+        raise WireError(f"{key} is not a whole number of at most 12 digits")
+    return int(value)
 
 
 def _check_protocol(metadata: Values) -> None:
@@ -223,7 +246,12 @@ def _request_id(variables: Values) -> str:
     return request_id
 
 
-def _check_name(key: str, value: str) -> str:
+def check_name(key: str, value: str) -> str:
+    """Return a name that can travel.
+
+    Raises:
+        WireError: it is not 1 to 64 characters of ``A-Z a-z 0-9 . _ -``.
+    """
     if not _NAME.match(value):
         raise WireError(f"{key} is {value!r}, expected 1 to 64 characters of A-Z a-z 0-9 . _ -")
     return value
@@ -242,17 +270,20 @@ def encode_request(
     block: int = 0,
     deadline_s: float | None = None,
     priority: int = 0,
+    step: float | None = None,
 ) -> bytes:
     """Mixtures (rows, *shape), any float dtype, as one message of value type ``dtype``.
 
+    ``step`` is the scale of all rows of integers, where it is not to be made of their values.
+
     Raises:
-        NonFinite: a value is not finite, or becomes infinite in ``dtype``.
+        NonFinite: a value is not finite, or more than ``dtype`` holds.
         WireError: the id, a name, a number or the shape cannot travel.
     """
     if features.ndim < 2 or not features.size:
         raise WireError(f"features have shape {features.shape}, expected (rows, *shape), not empty")
     values, fields = _request_fields(request_id, model, model_version, block, deadline_s, priority)
-    quantised, scale = quantise(features, dtype)
+    quantised, scale = quantise(features, dtype, step=step)
     layout = template(dtype, quantised.shape, fields)
     return b"".join(layout.fill(values, quantised, scale))
 
@@ -296,15 +327,15 @@ def _request_fields(
         raise WireError(f"priority is {priority}, expected 0 or 1")
     if deadline_s is not None and not deadline_s < 1e9:
         raise WireError(f"deadline_s is {deadline_s}, expected less than 1e9")
-    values = [_check_name("request_id", request_id).encode()]
+    values = [check_name("request_id", request_id).encode()]
     fields: list[tuple[str, str | int]] = [
         ("datamix.protocol", PROTOCOL),
         ("datamix.request_id", len(values[0])),
     ]
     if model is not None:
-        fields.append(("datamix.model", _check_name("model", model)))
+        fields.append(("datamix.model", check_name("model", model)))
     if model_version is not None:
-        fields.append(("datamix.model_version", _check_name("model_version", model_version)))
+        fields.append(("datamix.model_version", check_name("model_version", model_version)))
     if block:
         fields.append(("datamix.block", str(block)))
     if deadline_s is not None:
@@ -347,7 +378,8 @@ def _is_noise(metadata: Values) -> bool:
 
 
 def _check_seeds(features: Array, scale: Array | None) -> None:
-    if features.shape[1:] != (SEED_BYTES,) or scale is None or not (scale == 1).all():
+    is_seeds = features.dtype.char == "b" and features.shape[1:] == (SEED_BYTES,)
+    if not is_seeds or scale is None or not (scale == 1).all():
         raise WireError(
             f"rows of noise have another form, expected int8 seeds of shape ({SEED_BYTES},) with"
             " scales of 1"
@@ -412,7 +444,7 @@ def response_parts(
     does not trust the cloud, and the cloud's time is the scarce one.
 
     Raises:
-        NonFinite: the output is not finite and ``dtype`` is int8, which cannot say so.
+        NonFinite: the output is not finite and ``dtype`` is one of integers, which cannot say so.
     """
     values = (
         request_id.encode(),
@@ -538,7 +570,8 @@ def peek_request_id(body: Buffer) -> str:
     try:
         size = int.from_bytes(body[4:8], "little")
         header = bytes(body[8 : 8 + size])
-        spans = {key: span for key, *span in flat.metadata_values(header)}
+        # Of a key that comes twice the first value counts, as it does for pyarrow.
+        spans = {key: span for key, *span in reversed(flat.metadata_values(header))}
         value = header[slice(*spans[b"datamix.request_id"])].decode()
     except (ValueError, KeyError):
         return "-"

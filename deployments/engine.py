@@ -43,8 +43,8 @@ class Rows(NamedTuple):
     """The rows of one request, as they came off the wire.
 
     Attributes:
-        features: (rows, *shape), float16, float32 or int8.
-        scale: (rows,) float32 with int8, else None.
+        features: (rows, *shape), float16, float32, int8 or int16.
+        scale: (rows,) float32 with integers, else None.
     """
 
     features: Array
@@ -153,7 +153,7 @@ class EchoEngine(Engine):
         self.blocks = [Block(shape, shape, linear=True) for shape in shapes]
 
     def start(self, block: int, requests: Sequence[Rows]) -> Pending:
-        """Hand float rows on as they are; only int8 is made anew."""
+        """Hand float rows on as they are; only integers are made anew."""
         copied = 0
         outputs = []
         for features, scale in requests:

@@ -4,7 +4,7 @@ A GPU gets what was on the wire, and converts and scales it itself: float16 is h
 quarter of what float32 would be. Rows of one value type lie together, so that one batch may hold
 several; each part begins at a multiple of 256:
 
-    float16 rows | float32 rows | int8 rows | their scales
+    float16 rows | float32 rows | int8 rows | their scales | int16 rows | their scales
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from datamix.framing import STEPS
 from deployments.engine import Rows, Shape
 
-_DTYPES = ("float16", "float32", "int8")
+_DTYPES = ("float16", "float32", *STEPS)
 _ALIGN = 256
 
 
@@ -26,7 +27,7 @@ class Segment(NamedTuple):
     """Rows of one value type.
 
     Attributes:
-        dtype: ``float16``, ``float32`` or ``int8``.
+        dtype: ``float16``, ``float32``, ``int8`` or ``int16``.
         first: its first row in the batch.
         rows: how many it has.
         offset: where they lie, in bytes.
@@ -58,7 +59,7 @@ class Layout(NamedTuple):
 
 def most_bytes(rows: int, shape: Shape) -> int:
     """What a batch of ``rows`` needs at most, whatever it is made of."""
-    return rows * (math.prod(shape) + 1) * 4 + (len(_DTYPES) + 1) * _ALIGN
+    return rows * (math.prod(shape) + 1) * 4 + (len(_DTYPES) + len(STEPS)) * _ALIGN
 
 
 def lay_out(requests: Sequence[Rows], shape: Shape) -> Layout:
@@ -78,7 +79,7 @@ def lay_out(requests: Sequence[Rows], shape: Shape) -> Layout:
         begins = offset
         offset = _aligned(offset + (rows - first) * values * np.dtype(dtype).itemsize)
         scales = None
-        if dtype == "int8":
+        if dtype in STEPS:
             scales = offset
             offset = _aligned(offset + (rows - first) * 4)
         segments.append(Segment(dtype, first, rows - first, begins, scales))

@@ -13,6 +13,7 @@ from datamix.models import Architecture, SplitModel, block_shapes, build, count_
 from datamix.models.costs import bytes_on_wire
 from edge.evaluate import Evaluation
 from edge.measurement import edge_only_flops
+from edge.promises import promise
 
 CARD = "MODEL_CARD.md"
 
@@ -63,6 +64,13 @@ _PRIVACY = (
 )
 
 
+def _privacy(manifest: Manifest) -> str:
+    if manifest.mode == "mix":
+        return _PRIVACY
+    promised = promise(manifest)
+    return f"{promised.text}. Known break: {promised.known_break} (docs/privacy.md)."
+
+
 def card(manifest: Manifest, found: Evaluation, origin: Origin, sizes: Mapping[str, int]) -> str:
     """The card as Markdown.
 
@@ -86,7 +94,7 @@ def card(manifest: Manifest, found: Evaluation, origin: Origin, sizes: Mapping[s
         "",
         "## Privacy",
         "",
-        _PRIVACY,
+        _privacy(manifest),
         "",
         "## Figures",
         "",

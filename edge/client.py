@@ -284,9 +284,8 @@ class Client:
         """Drive one group's session; every round is one request."""
         masks = None if self._masks is None else await self._masks.take()
         deadline_s = time.monotonic() + self.config.timeout_s
-        session = infer_group(
-            self.device, features, mode_of(self.device.manifest, self.mode, masks)
-        )
+        mode = mode_of(self.device.manifest, self.mode, masks, self._dtype)
+        session = infer_group(self.device, features, mode)
         try:
             step = next(session)
             while True:
@@ -310,6 +309,7 @@ class Client:
             model_version=manifest.version,
             block=step.block,
             deadline_s=left_s,
+            step=step.step,
         )
 
     async def _check_operators(self) -> None:

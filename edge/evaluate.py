@@ -14,12 +14,11 @@ import torch
 from datamix.bundle import load_backbone
 from datamix.errors import ConfigError
 from datamix.models import Architecture, build, count_flops
-from datamix.wire import Dtype, dequantise, quantise
 from edge.data import Dataset
 from edge.modes import check_mode, mode_of, wire_dtype
 from edge.runtime import TorchDevice
 from edge.session import infer_group
-from edge.splitting import local_masks
+from edge.splitting import local_masks, rounded
 
 Floats = npt.NDArray[np.float32]
 _CHUNK = 512
@@ -169,12 +168,13 @@ def _mixed(device: TorchDevice, blocks: torch.nn.ModuleList, features: Floats, m
     sessions = []
     for at in range(0, len(features), size):
         masks = local_masks(list(blocks), shapes, size) if mode == "split" else None
-        protection = mode_of(manifest, mode, masks)
+        protection = mode_of(manifest, mode, masks, dtype)
         sessions.append(infer_group(device, features[at : at + size], protection))
     rounds = [next(session) for session in sessions]
     for index, block in enumerate(blocks):
-        sent = _rounded(np.concatenate([round_.features for round_ in rounds]), dtype)
-        answers = _groups(_rounded(_run(block, sent), dtype), size)
+        features = np.concatenate([round_.features for round_ in rounds])
+        sent = rounded(features, dtype, rounds[0].step)
+        answers = _groups(rounded(_run(block, sent), dtype), size)
         if index < len(blocks) - 1:
             rounds = [s.send(answer) for s, answer in zip(sessions, answers, strict=True)]
         else:
@@ -193,11 +193,6 @@ def _finish(session: Any, answer: Floats) -> Floats:
         outputs: Floats = end.value
         return outputs
     raise RuntimeError("the session asked for more rounds than the bundle has blocks")
-
-
-def _rounded(features: Floats, dtype: Dtype) -> Floats:
-    """What the wire does to features, each way."""
-    return dequantise(*quantise(features, dtype))
 
 
 def _run(block: torch.nn.Module, features: Floats) -> Floats:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,11 @@ class Job:
     @property
     def name(self) -> str:
         """Of the files that the training keeps: arms of the same settings share them."""
-        size = f"-k{self.config.group_size}" if METHODS[self.config.method].mixes else ""
-        marks = digest(self.config.to_json())[:8]
-        return f"{self.config.method}{size}-seed{self.config.seed}-{marks}"
+        config = self.config
+        size = f"-k{config.group_size}" if METHODS[config.method].mixes else ""
+        size += f"-sigma{config.noise_sigma:g}" if config.noise_sigma else ""
+        marks = digest(config.to_json())[:8]
+        return f"{config.method}{size}-seed{config.seed}-{marks}"
 
 
 def jobs(
@@ -55,7 +58,7 @@ def jobs(
     """All trainings of an experiment, seed by seed, in the order of the arms.
 
     A method that is trained unmixed is trained once and measured at every group size and law; one
-    that is trained on mixtures is trained for each.
+    that is trained on mixtures is trained for each, and for each deviation of the noise.
 
     Args:
         preset: what to compare.
@@ -82,11 +85,16 @@ def jobs(
                 at = tuple(Mixing(size, law, config.noise_sigma) for size, law in points)
                 found.append(Job(arm, config, at))
                 continue
-            for size, law in points:
+            for (size, law), noise in product(points, _noises(arm)):
                 settings = {**changes, "teacher": arm.teacher, "group_size": size, "law": law}
-                config = preset.settings(arm, seed, **settings)
+                config = preset.settings(arm, seed, **settings, **noise)
                 found.append(Job(arm, config, (Mixing(size, law, config.noise_sigma),)))
     return found
+
+
+def _noises(arm: Arm) -> list[dict[str, float]]:
+    """Settings of the noise, for each network of an arm; what its own settings say, if anything."""
+    return [{"noise_sigma": sigma} for sigma in arm.sigmas] or [{}]
 
 
 def experiment(
@@ -163,7 +171,8 @@ def experiment(
             )
             put_rows(results, rows)
         for row in rows:
-            report(f"{title}: K = {row.group_size}, {row.law}: {row.accuracy:.2%}")
+            noise = f", sigma {row.noise_sigma:g}" if row.noise_sigma else ""
+            report(f"{title}: K = {row.group_size}, {row.law}{noise}: {row.accuracy:.2%}")
         measured += rows
     return measured
 
@@ -183,13 +192,27 @@ class Trained:
     config: TrainConfig
 
 
-def trained(preset: Preset, label: str, seed: int, runs: Path) -> Trained:
+def trained(
+    preset: Preset, label: str, seed: int, runs: Path, noise_sigma: float | None = None
+) -> Trained:
     """A network that :func:`experiment` kept in ``runs``: the first one of arm ``label``.
 
+    Args:
+        preset: the experiment.
+        label: the arm.
+        seed: of the training.
+        runs: where it is.
+        noise_sigma: of the training, where the arm has several; the first one by default.
+
     Raises:
-        ConfigError: it isn't there, or there is no such arm.
+        ConfigError: it isn't there, or there is no such arm or deviation.
     """
-    job = next(job for job in jobs(preset, [seed], [label]) if job.arm.label == label)
+    all_of_it = [job for job in jobs(preset, [seed], [label]) if job.arm.label == label]
+    matching = [job for job in all_of_it if noise_sigma in (None, job.config.noise_sigma)]
+    if not matching:
+        sigmas = ", ".join(f"{job.config.noise_sigma:g}" for job in all_of_it)
+        raise ConfigError(f"noise_sigma is {noise_sigma}, but {label} is trained at {sigmas}")
+    job = matching[0]
     kept = _Kept(runs / preset.name, job)
     if not kept.exists:
         raise ConfigError(

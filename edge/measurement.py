@@ -21,6 +21,7 @@ from edge.fit import Fitted
 from edge.methods import METHODS
 from edge.mixtures import Mixing
 from edge.networks import architecture_for
+from edge.promises import bits_per_input
 from edge.results import Row, digest
 from edge.runs import on_cpu
 from edge.settings import TrainConfig
@@ -85,9 +86,15 @@ def measure(
                 edge_flops_share_collapsed=flops.edge_share_collapsed,
                 edge_flops=flops.edge,
                 cloud_flops=flops.cloud,
+                bits_per_input=_bits(part, point.noise_sigma),
             )
         )
     return rows
+
+
+def _bits(model: SplitModel, sigma: float) -> float | None:
+    """What noise of this deviation lets through; None without noise."""
+    return bits_per_input((sent for sent, _ in block_shapes(model)), sigma) if sigma else None
 
 
 def _common(

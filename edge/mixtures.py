@@ -20,7 +20,8 @@ class Mixing:
     Attributes:
         group_size: K.
         law: of the matrices.
-        noise_sigma: deviation of Gaussian noise on the mixtures.
+        noise_sigma: deviation of Gaussian noise on the mixtures; where there is any, members are
+            clipped before, as a device does (:class:`edge.modes.Bounded`).
         strength: see :func:`edge.laws.draw`.
         wire: value type of features on the wire.
     """
@@ -63,13 +64,31 @@ def mixed_logits(
             strength=mixing.strength,
         )
         a, inverse = (torch.from_numpy(matrices).to(inputs.device) for matrices in pair)
+        scale = None
+        if mixing.noise_sigma:
+            features, scale = clip(features)
         sent = apply(a, features)
         if mixing.noise_sigma:
             sent = sent + mixing.noise_sigma * _noise(sent, rng)
         answer = block(rounded(sent, mixing.wire))
         features = apply(inverse, rounded(answer, mixing.wire))
+        if scale is not None:
+            features = features * scale
     logits: Tensor = model.head(features)
     return logits
+
+
+def clip(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Members of mean square 1 at most, and what each was divided by; gradients pass through both.
+
+    (n, C, H, W) -> (n, C, H, W) float32 and (n, 1, 1, 1) float32, 1 or more. What a device does is
+    :func:`datamix.clipping.clip`.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        features = features.float()
+        # Clamped before the root, whose slope at 0 is infinite.
+        scale = features.square().mean((1, 2, 3), keepdim=True).clamp(min=1).sqrt()
+        return features / scale, scale
 
 
 def _noise(like: Tensor, rng: np.random.Generator) -> Tensor:

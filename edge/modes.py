@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from datamix.clipping import clip as clip  # part of this module's interface
 from datamix.errors import ConfigError
+from datamix.framing import STEPS
 from edge.masks import Mask, Masks
 from edge.mixing import Coefficients, demix, gaussians, haar, mix, wipe
 
@@ -39,6 +41,11 @@ which floating-point noise has been told apart from its neighbour (Mironov, "On 
 least significant bits for differential privacy", CCS 2012); a step holds very many of them."""
 
 
+REACH = 6.0
+"""Deviations of the noise that integers of 16 bits reach to in the mode split. One value in 500
+million is further out, and is cut off: the cloud sees a function of the same noisy value then."""
+
+
 class Secret(Protocol):
     """What the device must keep to itself until the round's answer is there."""
 
@@ -54,6 +61,11 @@ class Secret(Protocol):
 class Mode(Protocol):
     """How a group's features are protected."""
 
+    @property
+    def step(self) -> float | None:
+        """What leaves is whole multiples of it, to be sent as integers; None for floats."""
+        ...
+
     def protect(self, block: int, features: Array) -> tuple[Floats, Secret]:
         """Features (K, *input_shape) float32 to what may leave, of the same shape, float32."""
         ...
@@ -61,6 +73,8 @@ class Mode(Protocol):
 
 class Mix:
     """Fresh Haar coefficients for each round; see :mod:`edge.mixing`."""
+
+    step = None
 
     def protect(self, block: int, features: Array) -> tuple[Floats, Secret]:
         """See :class:`Mode`."""
@@ -70,6 +84,8 @@ class Mix:
 
 class Bounded:
     """Coefficients, and noise from the operating system's entropy that nobody cancels."""
+
+    step = None
 
     def __init__(self, sigma: float) -> None:
         """Add noise of this deviation to each value.
@@ -93,14 +109,15 @@ class Bounded:
 class Split:
     """Masks for one group, a fresh one for each round; operator B has answered for them before."""
 
-    def __init__(self, sigma: float, masks: Masks) -> None:
-        """Hide features behind noise of this deviation.
+    def __init__(self, sigma: float, masks: Masks, dtype: Dtype = "float32") -> None:
+        """Hide features behind noise of this deviation, for a wire of this value type.
 
         Raises:
             ConfigError: ``sigma`` is not positive and finite.
         """
         self._sigma = _check_sigma(sigma)
         self._masks = masks
+        self.step = int16_step(sigma) if dtype == "int16" else None
 
     def protect(self, block: int, features: Array) -> tuple[Floats, Secret]:
         """See :class:`Mode`.
@@ -110,7 +127,7 @@ class Split:
         """
         mask = self._masks.take(block)
         clipped, scale = clip(features)
-        return share(clipped, mask, self._sigma), _Masked(mask, self._sigma, scale)
+        return share(clipped, mask, self._sigma, self.step), _Masked(mask, self._sigma, scale)
 
 
 def check_mode(manifest: Manifest, mode: str | None) -> ModeName:
@@ -127,8 +144,10 @@ def check_mode(manifest: Manifest, mode: str | None) -> ModeName:
     )
 
 
-def mode_of(manifest: Manifest, mode: str, masks: Masks | None = None) -> Mode:
-    """The mode for one group, with the bundle's settings.
+def mode_of(
+    manifest: Manifest, mode: str, masks: Masks | None = None, dtype: Dtype | None = None
+) -> Mode:
+    """The mode for one group, with the bundle's settings, for a wire as in :func:`wire_dtype`.
 
     Raises:
         ConfigError: the bundle was not made for it, or the masks are missing or not of use.
@@ -136,7 +155,7 @@ def mode_of(manifest: Manifest, mode: str, masks: Masks | None = None) -> Mode:
     if (check_mode(manifest, mode) == "split") != (masks is not None):
         raise ConfigError(f"mode is {mode!r}, and masks are for 'split', and needed there")
     if masks is not None and manifest.split is not None:
-        return Split(manifest.split.sigma, masks)
+        return Split(manifest.split.sigma, masks, wire_dtype(manifest, mode, dtype))
     if mode == "bounded" and manifest.bounded is not None:
         return Bounded(manifest.bounded.sigma)
     return Mix()
@@ -151,7 +170,7 @@ def wire_dtype(manifest: Manifest, mode: str, wanted: Dtype | None = None) -> Dt
     if mode != "split" or manifest.split is None:
         return wanted or manifest.wire_dtype
     made: Dtype = manifest.split.wire_dtype
-    if wanted in (None, made, "float32"):
+    if wanted is None or wanted in _FINER[_FINER.index(made) :]:
         return wanted or made
     raise ConfigError(
         f"wire_dtype is {wanted!r}, which rounds sums with noise of {manifest.split.sigma:g} times"
@@ -159,34 +178,36 @@ def wire_dtype(manifest: Manifest, mode: str, wanted: Dtype | None = None) -> Dt
     )
 
 
-def clip(features: Array) -> tuple[Floats, Floats]:
-    """Members of mean square 1 at most, and what each was divided by.
+# Value types of sums with noise, the coarsest first.
+_FINER: tuple[Dtype, ...] = ("float16", "int16", "float32")
 
-    Args:
-        features: (K, *shape) float32.
 
-    Returns:
-        (K, *shape) float32, and (K,) float32, 1 or more.
+def int16_step(sigma: float) -> float:
+    """Step of integers of 16 bits for sums with noise of this deviation, a float32.
+
+    It follows from sigma alone. One that followed from the noise would be worse than none: the
+    largest sum less the noise that is known to be the largest is a feature.
     """
-    flat = np.ascontiguousarray(features, np.float32).reshape(len(features), -1)
-    power = np.einsum("ij,ij->i", flat, flat, dtype=np.float64) / flat.shape[1]
-    # A hair more than the root, so that rounding to float32 does not bring it above 1.
-    scale = np.maximum(1.0, np.sqrt(power) * (1 + 1e-6)).astype(np.float32)
-    return (flat / scale[:, None]).reshape(features.shape), scale
+    return float(np.float32(REACH * sigma / STEPS["int16"]))
 
 
-def share(clipped: Array, mask: Mask, sigma: float) -> Floats:
-    """What operator A gets: ``clipped + sigma * Z``, rounded to :data:`GRID`, float32.
+def share(clipped: Array, mask: Mask, sigma: float, step: float | None = None) -> Floats:
+    """What operator A gets: ``clipped + sigma * Z``, float32.
+
+    It is rounded to :data:`GRID`, or to multiples of ``step`` that 16 bits hold.
 
     Raises:
         ConfigError: the mask is not for features of this shape.
     """
     if mask.noise.shape != clipped.shape:
         raise ConfigError(f"mask has shape {mask.noise.shape}, expected {clipped.shape}")
-    total = mask.noise * (sigma / GRID)
-    total += clipped * np.float32(1 / GRID)
+    grid = step or GRID
+    total = mask.noise * (sigma / grid)
+    total += clipped * np.float32(1 / grid)
     np.rint(total, out=total)
-    total *= GRID
+    if step is not None:
+        np.clip(total, -STEPS["int16"], STEPS["int16"], out=total)
+    total *= grid
     return total.astype(np.float32)
 
 

@@ -26,6 +26,7 @@ class Arm:
         method: see :data:`edge.methods.METHODS`.
         group_sizes: K to measure, and to train where training depends on it.
         laws: likewise.
+        sigmas: deviations of the noise to train at, one network each; none for methods without.
         options: of the architecture, over the preset's.
         changes: further settings, over the preset's.
         teacher: label of the arm whose network of the same seed is the teacher.
@@ -35,6 +36,7 @@ class Arm:
     method: str
     group_sizes: tuple[int, ...] = (8,)
     laws: tuple[Law, ...] = ("haar",)
+    sigmas: tuple[float, ...] = ()
     options: Mapping[str, int | str] = field(default_factory=dict)
     changes: Mapping[str, Any] = field(default_factory=dict)
     teacher: str | None = None
@@ -68,6 +70,7 @@ class Preset:
 
 _ALL_SIZES = (2, 4, 8, 16, 32)
 _PAPERS_SIZES = (8, 4, 2)
+_SIGMAS = (0.3, 1.0, 2.0, 4.0)
 
 
 def _arms(widths: str) -> tuple[Arm, ...]:
@@ -87,6 +90,15 @@ def _arms(widths: str) -> tuple[Arm, ...]:
         Arm("linear-one-round", "linear", (4, 8), options={"rounds": 1}),
         Arm("datamix", "datamix", _PAPERS_SIZES, options=deep),
         Arm("nonlinear", "nonlinear", (8,), options={**deep, "rounds": 3}, teacher="unmixed"),
+        # Bits add up over values and rounds, so there is one round, and few values leave.
+        Arm("bounded", "bounded", (4,), sigmas=_SIGMAS, options={"rounds": 1, "sent_width": 8}),
+        Arm(
+            "bounded-narrow",
+            "bounded",
+            (4,),
+            sigmas=_SIGMAS,
+            options={"rounds": 1, "sent_width": 1},
+        ),
     )
 
 
@@ -166,7 +178,7 @@ def preset(name: str) -> Preset:
 
 
 def check_preset(preset: Preset) -> None:
-    """Refuse arms that cannot be told apart, unknown methods, and teachers that come too late.
+    """Refuse arms that cannot be told apart or trained, and teachers that come too late.
 
     Raises:
         ConfigError: one of these.
@@ -177,6 +189,8 @@ def check_preset(preset: Preset) -> None:
             raise ConfigError(f"two arms of {preset.name} are labelled {arm.label!r}")
         if arm.method not in METHODS:
             raise ConfigError(f"method of {arm.label} is {arm.method!r}, expected a known one")
+        if arm.sigmas and not METHODS[arm.method].noisy:
+            raise ConfigError(f"{arm.label} has sigmas, expected none: {arm.method} adds no noise")
         if arm.teacher is not None and arm.teacher not in before:
             raise ConfigError(f"{arm.label} learns from {arm.teacher!r}, expected an arm before it")
         if arm.teacher is not None and METHODS[before[arm.teacher].method].mixes:

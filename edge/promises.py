@@ -6,6 +6,7 @@ The client, the audit and the ledger's charges come from here (docs/privacy.md h
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,19 @@ def sentence(text: str, known_break: str, not_private: str | None = None) -> str
     return said if not_private is None else f"NOT PRIVATE: {not_private}. {said}"
 
 
+def bits_per_input(shapes: Iterable[tuple[int, ...]], sigma: float) -> float:
+    """Most that can be learnt of one input from clipped features under noise, all rounds together.
+
+    Args:
+        shapes: of what leaves in each round, (C, H, W).
+        sigma: deviation of the noise.
+
+    Raises:
+        ConfigError: ``sigma`` is not positive and finite.
+    """
+    return gaussian_bits(sum(map(math.prod, shapes)), sigma)
+
+
 def promise(manifest: Manifest, mode: str | None = None) -> Promise:
     """What ``mode`` promises for this bundle; the bundle's own mode by default.
 
@@ -79,6 +93,5 @@ def promise(manifest: Manifest, mode: str | None = None) -> Promise:
     spec = {"split": manifest.split, "bounded": manifest.bounded}.get(chosen)
     bits = math.inf
     if spec is not None:
-        values = sum(math.prod(block.input_shape) for block in manifest.blocks)
-        bits = gaussian_bits(values, spec.sigma)
+        bits = bits_per_input((block.input_shape for block in manifest.blocks), spec.sigma)
     return Promise(chosen, bits, _BREAKS[chosen])

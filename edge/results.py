@@ -59,6 +59,8 @@ class Row:
         machine: what it was trained on.
         versions: of Python and packages.
         settings: sha256 of all settings of the training, to know whether a row is still theirs.
+        bits_per_input: most that the cloud learns of one input, all rounds together; None where
+            there is no noise, and so no bound.
     """
 
     dataset: str
@@ -98,6 +100,7 @@ class Row:
     machine: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     settings: str = ""
+    bits_per_input: float | None = None
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -11,7 +11,8 @@ from statistics import fmean
 from datamix.errors import ConfigError
 from edge.claims import judge
 from edge.results import Row, read_rows
-from edge.results_plots import draw_plots
+from edge.results_bounded import read_attacks, section
+from edge.results_plots import draw_curves, draw_plots
 
 _INTRO = """\
 # Results
@@ -29,8 +30,14 @@ feature values, both ways, without framing. [How each method is trained](trainin
 """
 
 
-def write_page(rows_path: Path, page: Path, plots: Path) -> None:
+def write_page(rows_path: Path, page: Path, plots: Path, attacks: Path | None = None) -> None:
     """Write the page, and its plots into the folder ``plots``.
+
+    Args:
+        rows_path: the rows.
+        page: to write.
+        plots: folder for pictures.
+        attacks: what ``benchmarks.attacks`` wrote, for the mode bounded.
 
     Raises:
         ConfigError: there are no rows.
@@ -45,11 +52,18 @@ def write_page(rows_path: Path, page: Path, plots: Path) -> None:
         for data, found in pictures.items()
     }
     name = Path(os.path.relpath(rows_path, page.parent)).as_posix()
-    page.write_text(render(rows, name, links))
+    curves = [
+        Path(os.path.relpath(picture, page.parent)).as_posix()
+        for picture in draw_curves(rows, plots)
+    ]
+    attacked = read_attacks(attacks) if attacks is not None else []
+    page.write_text(render(rows, name, links, section(rows, attacked, curves)))
 
 
-def render(rows: Sequence[Row], rows_name: str, pictures: dict[str, list[str]]) -> str:
-    """The page as Markdown; ``pictures`` are links by data set."""
+def render(
+    rows: Sequence[Row], rows_name: str, pictures: dict[str, list[str]], bounded: str = ""
+) -> str:
+    """The page as Markdown; ``pictures`` are links by data set, ``bounded`` its own section."""
     datasets = sorted({row.dataset for row in rows})
     intro = _INTRO.format(
         rows=rows_name,
@@ -62,6 +76,7 @@ def render(rows: Sequence[Row], rows_name: str, pictures: dict[str, list[str]]) 
         some = [row for row in rows if row.dataset == data]
         parts += [f"## {data}\n", _table(some), _networks(some)]
         parts += [f"![{data}]({link})\n" for link in pictures.get(data, [])]
+    parts += [bounded] if bounded else []
     parts += ["## Every row\n", _every_row(rows)]
     return "\n".join(parts)
 

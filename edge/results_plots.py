@@ -28,7 +28,9 @@ def draw_plots(rows: Sequence[Row], folder: Path) -> dict[str, list[Path]]:
 
     found = {}
     for data in sorted({row.dataset for row in rows}):
-        some = [row for row in rows if row.dataset == data and row.law == "haar"]
+        # What has noise has a figure of its own, over bits.
+        clear = [row for row in rows if row.bits_per_input is None]
+        some = [row for row in clear if row.dataset == data and row.law == "haar"]
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": "datamix", "font.size": 9}):
             figure = Figure(figsize=(11, 4.2), layout="constrained")
             FigureCanvasAgg(figure)
@@ -43,6 +45,43 @@ def draw_plots(rows: Sequence[Row], folder: Path) -> dict[str, list[Path]]:
             path = folder / f"{data}.svg"
             figure.savefig(path, metadata={"Date": None})
         found[data] = [path]
+    return found
+
+
+def draw_curves(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Draw accuracy over bits of the mode bounded, an SVG per data set that has such rows."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = []
+    for data in sorted({row.dataset for row in rows if row.bits_per_input is not None}):
+        some = [row for row in rows if row.dataset == data and row.bits_per_input is not None]
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "datamix", "font.size": 9}):
+            figure = Figure(figsize=(6, 4), layout="constrained")
+            FigureCanvasAgg(figure)
+            axes = figure.subplots()
+            _style(axes)
+            for index, (label, of_arm) in enumerate(_by_arm(some).items()):
+                bits = sorted({row.bits_per_input or 0.0 for row in of_arm})
+                means = [
+                    100 * fmean(row.accuracy for row in of_arm if row.bits_per_input == one)
+                    for one in bits
+                ]
+                axes.plot(bits, means, "o-", color=_COLOURS[index], markersize=4, label=label)
+            edge = [
+                row.accuracy for row in rows if (row.dataset, row.method) == (data, "edge-only")
+            ]
+            if edge:
+                axes.axhline(100 * fmean(edge), color="#000000", linestyle=":", label="edge-only")
+            axes.set_xscale("log")
+            axes.set_xlabel("bits of one input that the cloud may learn, at most")
+            axes.set_ylabel("test accuracy, %")
+            axes.legend(frameon=False)
+            figure.suptitle(f"{data}: the mode bounded")
+            path = folder / f"{data}-bounded.svg"
+            figure.savefig(path, metadata={"Date": None})
+        found.append(path)
     return found
 
 

@@ -49,8 +49,12 @@ def check_fit(config: TrainConfig, data: Dataset) -> None:
 
 
 def edge_only(config: TrainConfig) -> TrainConfig:
-    """The same run without a cloud: same stem, same budget."""
-    return replace(config, method="edge-only", noise_sigma=0.0, teacher=None)
+    """The same run without a cloud: same budget, same stem but for a projection before sending."""
+    options = {k: v for k, v in config.architecture.options.items() if k != "sent_width"}
+    architecture = replace(config.architecture, options=options)
+    return replace(
+        config, method="edge-only", architecture=architecture, noise_sigma=0.0, teacher=None
+    )
 
 
 def on_cpu(config: TrainConfig) -> TrainConfig:

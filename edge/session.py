@@ -60,10 +60,12 @@ class Round:
     Attributes:
         block: which block of the backbone.
         features: (K, C, H, W) float32 mixtures, in the clear of the wire but not of the cloud.
+        step: what these are whole multiples of, for a wire of integers; None for floats.
     """
 
     block: int
     features: Floats
+    step: float | None = None
 
 
 def check_answer(answer: Array, rows: int, output_shape: tuple[int, ...]) -> None:
@@ -109,7 +111,7 @@ def infer_group(
     for index, block in enumerate(blocks):
         leaving, secret = mode.protect(index, features)
         try:
-            answer = yield Round(index, leaving)
+            answer = yield Round(index, leaving, mode.step)
             check_answer(answer, rows, block.output_shape)
             features = secret.restore(answer)
         finally:

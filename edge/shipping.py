@@ -33,6 +33,7 @@ def ship(
     results: Path,
     name: str,
     version: str,
+    noise_sigma: float | None = None,
 ) -> Manifest:
     """Make a bundle of one of an experiment's networks, beside its edge-only baseline.
 
@@ -51,18 +52,19 @@ def ship(
         results: its rows, which tell the commit.
         name: of the bundle.
         version: of the bundle.
+        noise_sigma: of the training, where the arm has several; the first one by default.
 
     Raises:
         ConfigError: no such training, or one without linear blocks.
         BundleError: ``output`` exists.
     """
-    found, edge = trained(preset, label, seed, runs), trained(preset, "edge-only", seed, runs)
+    found = trained(preset, label, seed, runs, noise_sigma)
+    edge = trained(preset, "edge-only", seed, runs)
     model = found.part
     if not isinstance(model, SplitModel) or not model.linear:
-        raise ConfigError(f"{label} has no linear blocks, expected an arm of the method linear")
-    rows = [
-        r for r in read_rows(results) if (r.preset, r.label, r.seed) == (preset.name, label, seed)
-    ]
+        raise ConfigError(f"{label} has no linear blocks, expected an arm that has")
+    wanted = (preset.name, label, seed, found.config.noise_sigma)
+    rows = [r for r in read_rows(results) if (r.preset, r.label, r.seed, r.noise_sigma) == wanted]
     if not rows:
         raise ConfigError(f"{results} has no row of {label} with seed {seed}, expected one")
     config = replace(found.config, name=name, version=version, group_size=group_size)
@@ -70,7 +72,10 @@ def ship(
     manifest = save_trained(
         config, model, training, test, output, edge_accuracy, found.fitted, edge.fitted
     )
-    again = f"--seed {seed} --group-size {group_size} --name {name} --model-version {version}"
+    sigma = "" if noise_sigma is None else f"--noise-sigma {noise_sigma:g} "
+    again = (
+        f"--seed {seed} {sigma}--group-size {group_size} --name {name} --model-version {version}"
+    )
     origin = Origin(
         dataset=preset.dataset,
         commands=(

@@ -2,7 +2,7 @@
 
 More noise leaks less, and what rounds the sum of features and noise costs exactness. So sigma is
 the smallest that keeps the bound on what operator A learns of an input, and the wire's type the
-smallest with which the de-noised outputs are as exact as they are told to be.
+coarsest with which the de-noised outputs are as exact as they are told to be.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from datamix.bundle import MAX_SIGMA, SplitSpec
 from datamix.errors import ConfigError
 from datamix.models import SplitModel
 from datamix.noise import gaussians
+from datamix.wire import Dtype, dequantise, quantise
 from edge.masks import Mask, Masks, draw_seeds
 from edge.modes import Split
 
 Floats = npt.NDArray[np.float32]
-WireType = Literal["float16", "float32"]
+WireType = Literal["float16", "int16", "float32"]
 
 BITS_PER_INPUT = 0.05
 """Most that operator A may learn of one input, all rounds together, unless asked otherwise."""
 
 _MOST_BITS = 10  # per value: far more than float16 holds of a feature that noise is added to
 
-CHANGED = 0.005
+CHANGED = 0.01
 """Largest share of inputs that may change their class through the rounding of sums with noise. As
 many change for better as for worse, about: the accuracy moves far less."""
 
@@ -82,9 +83,10 @@ def choose(model: SplitModel, inputs: Floats, bits: float = BITS_PER_INPUT) -> S
     sigma = sigma_for(values, bits)
     if sigma > MAX_SIGMA:  # sums would leave what float16 holds, and cost float32 three digits
         return None
-    half = measure(model, inputs, sigma, "float16")
-    if half.changed <= CHANGED:
-        return half.spec
+    for sixteen_bits in ("float16", "int16"):
+        found = measure(model, inputs, sigma, sixteen_bits)
+        if found.changed <= CHANGED:
+            return found.spec
     single = measure(model, inputs, sigma, "float32")
     return single.spec if single.spec.tolerance < 1 else None
 
@@ -133,11 +135,17 @@ def local_masks(
     return Masks(masks)
 
 
+def rounded(values: Floats, dtype: Dtype, step: float | None = None) -> Floats:
+    """What the wire does to values (rows, *shape), each way."""
+    return dequantise(*quantise(values, dtype, step=step))
+
+
 def _round_trip(block: torch.nn.Module, rows: Floats, sigma: float, wire_dtype: WireType) -> Floats:
     masks = local_masks([block], [rows.shape[1:]], len(rows))
-    leaving, secret = Split(sigma, masks).protect(0, rows)
-    answer = block(torch.from_numpy(leaving.astype(wire_dtype).astype(np.float32))).numpy()
-    return secret.restore(answer.astype(wire_dtype).astype(np.float32))
+    mode = Split(sigma, masks, wire_dtype)
+    leaving, secret = mode.protect(0, rows)
+    answer = block(torch.from_numpy(rounded(leaving, wire_dtype, mode.step))).numpy()
+    return secret.restore(rounded(answer, wire_dtype))
 
 
 def _input_shapes(model: SplitModel, one: Floats) -> list[tuple[int, ...]]:

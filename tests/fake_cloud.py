@@ -99,6 +99,7 @@ class FakeCloud:
 
     behaviour: Behaviour = polite
     engine: str = "null"
+    shapes: tuple[tuple[int, ...], ...] = (SHAPE,)
     streams: int = 0
     requests: int = 0
     rows: int = 0
@@ -126,9 +127,9 @@ class FakeCloud:
         path = request.path.decode()
         if path == "/v2/models/echo/stream":
             return _Stream(self)
-        block = {"input_shape": SHAPE, "output_shape": SHAPE}
+        blocks = [{"input_shape": shape, "output_shape": shape} for shape in self.shapes]
         answers: dict[str, dict[str, Any]] = {
-            "/v2/models/echo": {"parameters": {"engine": self.engine, "blocks": [block]}},
+            "/v2/models/echo": {"parameters": {"engine": self.engine, "blocks": blocks}},
             "/v2/stats": {
                 "replica": "one",
                 "model": "echo",

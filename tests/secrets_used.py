@@ -54,9 +54,9 @@ def main(path: str, count: int, mode: str) -> None:
     masks.draw_seeds = noted_seeds
     protect = modes.share
 
-    def noted_share(clipped: Any, mask: masks.Mask, sigma: float) -> Any:
+    def noted_share(clipped: Any, mask: masks.Mask, sigma: float, step: float | None = None) -> Any:
         note("noise", mask.noise.tobytes())
-        return protect(clipped, mask, sigma)
+        return protect(clipped, mask, sigma, step)
 
     modes.share = noted_share
 

@@ -22,10 +22,11 @@ from edge.audit.attacks.noise_lattice import NoiseLattice
 from edge.audit.attacks.noisy_decoder import NoisyDecoder
 from edge.audit.attacks.operator_b import OperatorB
 from edge.audit.attacks.pool_ica import PoolIca
+from edge.audit.attacks.repeats import Repeats, averaged
 from edge.audit.attacks.span import Span
 from edge.audit.attacks.timing_size import TimingSize
-from edge.audit.features import clipped
-from edge.audit.observation import Message, Observation, Public, pictures
+from edge.audit.features import clipped, round_features
+from edge.audit.observation import Message, Observation, Public, pictures, requests
 from tests.observed import found_ratio, haar, mixed, noisy, observe, public_of
 
 K = 2
@@ -148,6 +149,48 @@ def test_a_matched_filter_finds_nothing_in_noise(
 ) -> None:
     claim = MatchedFilter().run(split(public, members, HIDDEN, rng), Budget(60))
     assert named(claim.gallery_scores, members) < 0.4
+
+
+def test_repeats_are_recognised_and_averaged_and_show_what_one_copy_hides(
+    public: Public, rng: np.random.Generator
+) -> None:
+    members = rng.permutation(60)[:8].reshape(4, K)
+    sent, sigma = np.repeat(members, 12, axis=0), 15.0
+    known = with_noise(public, "bounded", sigma)
+    view = observe(known, sent, noisy(rng, sigma, mix=True), mode="bounded", dtype="float32")
+    claim = Repeats(then=None).run(view, Budget(60))
+    assert claim.notes.startswith("12 copies of 4 groups; ")
+    assert claim.gallery_scores is not None and len(claim.gallery_scores) == 48
+    once = found_ratio(MatchedFilter().run(view, Budget(60)).gallery_scores, sent)
+    assert found_ratio(claim.gallery_scores, sent) > max(0.9, once + 0.2)
+
+
+def test_copies_are_turned_onto_each_other_and_averaged(
+    public: Public, rng: np.random.Generator
+) -> None:
+    members = rng.permutation(60)[:4].reshape(2, K)
+    known = with_noise(public, "bounded", 0.5)
+    protect = noisy(rng, 0.5, mix=True)
+    sent = np.repeat(members, 9, axis=0)
+    view = observe(known, sent, protect, mode="bounded", dtype="float32")
+    less = averaged(view, requests(view), 9)
+    assert less.public.manifest.bounded is not None
+    assert less.public.manifest.bounded.sigma == pytest.approx(0.5 / 3)
+    found = requests(less)
+    assert len(found) == 2
+    for group, rows in zip(found, members, strict=True):
+        true = clipped(round_features(public, public.gallery[rows])[0]).reshape(K, -1)
+        got = group.rounds[0].reshape(K, -1)
+        outside = np.linalg.norm(got - got @ np.linalg.pinv(true) @ true) / np.sqrt(got.size)
+        assert outside == pytest.approx(0.5 / 3, rel=0.1)
+
+
+def test_groups_that_differ_are_no_repeats(public: Public, rng: np.random.Generator) -> None:
+    members = np.stack([rng.permutation(60)[:K] for _ in range(8)])
+    members[1:, 0] = members[0, 0]  # they have one of two in common
+    known = with_noise(public, "bounded", 1.0)
+    view = observe(known, members, noisy(rng, 1.0, mix=True), mode="bounded", dtype="float32")
+    assert Repeats(then=None).run(view, Budget(60)).notes.startswith("1 copies of 8 groups")
 
 
 def test_classes_are_read_off_separated_features(

@@ -102,6 +102,17 @@ def test_sizes_that_do_not_fit_are_refused(options: dict[str, Any], sentence: st
         tiny(**options)
 
 
+def test_a_projection_says_how_much_leaves() -> None:
+    shapes = [block_shapes(tiny(rounds=1, sent_width=width))[0][0] for width in (0, 2)]
+    assert shapes == [(4, 14, 14), (2, 14, 14)]
+    model = tiny(rounds=1, sent_width=2).train()  # so that norms go by this very batch
+    with torch.no_grad():
+        features = model.stem(torch.randn(64, *model.input_shape))
+    assert float(features.abs().max()) <= 4
+    assert 0.9 < float(features.square().mean()) <= 1  # after the projection, too
+    assert model.edge_head()(features).shape == (64, 10)
+
+
 def test_any_head_and_input() -> None:
     for options in ({"neck": 4}, {"hidden": 8}, {"neck": 4, "hidden": 8}, {"input": "1,40,61"}):
         model = tiny(**options)

@@ -20,6 +20,7 @@ from edge.cache import AnswerCache
 from edge.client import Client, ClientConfig
 from edge.ledger import Ledger
 from edge.masks import MaskPool
+from edge.modes import int16_step
 from edge.operators import Endpoint, check_operators, same_operator
 from edge.transport import InProcessTransport
 from tests.asynchronous import asynchronous
@@ -72,6 +73,34 @@ async def test_two_operators_give_the_answer_that_no_cloud_would() -> None:
     assert not any(request.noise for request in first.requests)
     assert all(request.noise for request in second.requests)
     assert {request.dtype for request in first.requests} == {"float32"}
+
+
+@asynchronous
+async def test_integers_of_16_bits_have_one_scale_whatever_the_inputs_are() -> None:
+    first, second = Operator(), Operator()
+    coarse = device()
+    assert coarse.manifest.split is not None
+    spec = coarse.manifest.split.model_copy(update={"wire_dtype": "int16"})
+    coarse.manifest = coarse.manifest.model_copy(update={"split": spec})
+    own = Client(
+        first.transport,
+        coarse,
+        second=second.transport,
+        mode="split",
+        allow_same_operator=True,
+        config=QUICK,
+    )
+    inputs = raw_inputs(GROUP)
+    async with own:
+        for some in (inputs, np.zeros_like(inputs), np.full_like(inputs, 255)):
+            outputs = await own.infer(some)
+            assert np.abs(outputs - coarse.local(some)).max() < 0.1
+    scales = [request.scale for request in first.requests]
+    assert {request.dtype for request in first.requests} == {"int16"}
+    assert {float(one) for scale in scales if scale is not None for one in scale} == {
+        int16_step(spec.sigma)
+    }
+    assert len({len(body) for body in first.bodies}) <= len(SHAPES)
 
 
 @asynchronous

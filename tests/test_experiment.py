@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from cluster.cli import main
 from datamix.errors import ConfigError
 from edge.data import Dataset, load_sample
-from edge.experiment import experiment, jobs
+from edge.experiment import experiment, jobs, trained
 from edge.methods import METHODS
 from edge.presets import PRESETS, Arm, Preset, check_preset, preset
 from edge.results import read_rows
@@ -26,7 +27,7 @@ TINY = Preset(
         Arm("laws", "linear", (4,), ("dirichlet",)),
         Arm("datamix", "datamix", (2, 4), options={"rounds": 1}),
         Arm("nonlinear", "nonlinear", (4,), options={"rounds": 1}, teacher="unmixed"),
-        Arm("bounded", "bounded", (4,), changes={"noise_sigma": 0.5}),
+        Arm("bounded", "bounded", (4,), sigmas=(0.5, 2.0), options={"rounds": 1, "sent_width": 2}),
     ),
 )
 
@@ -46,7 +47,8 @@ def test_a_method_that_is_trained_unmixed_is_trained_once() -> None:
     per_seed = [job.name.rsplit("-", 1)[0] for job in found if job.config.seed == 0]
     assert per_seed == [
         "unmixed-seed0", "edge-only-seed0", "linear-seed0", "linear-seed0", "datamix-k2-seed0",
-        "datamix-k4-seed0", "nonlinear-k4-seed0", "bounded-k4-seed0",
+        "datamix-k4-seed0", "nonlinear-k4-seed0", "bounded-k4-sigma0.5-seed0",
+        "bounded-k4-sigma2-seed0",
     ]  # fmt: skip
     assert len(found) == 2 * len(per_seed)
     assert found[2].name == found[3].name  # the same settings, so the same training
@@ -75,12 +77,13 @@ def test_an_experiment_makes_rows_once(tmp_path: Path, training: Dataset, test: 
         )
 
     assert go("linear") == 2
-    assert go() == 7  # all but the two
+    assert go() == 8  # all but the two
     assert go() == 0
-    assert len(lines) == 8
+    assert len(lines) == 9
     assert all("rows are there already" in line for line in lines)
-    rows = {(row.label, row.group_size): row for row in read_rows(results)}
-    assert len(rows) == 9
+    kept = read_rows(results)
+    assert len(kept) == 10
+    rows = {(row.label, row.group_size): row for row in kept}
     for row in rows.values():
         assert row.accuracy_unmixed == rows["unmixed", 1].accuracy
         assert row.accuracy_edge_only == rows["edge-only", 1].accuracy
@@ -97,7 +100,16 @@ def test_an_experiment_makes_rows_once(tmp_path: Path, training: Dataset, test: 
     assert rows["laws", 4].law == "dirichlet"
     edge = rows["edge-only", 1]
     assert (edge.rounds, edge.bytes_per_inference, edge.edge_flops_share) == (0, 0, 1.0)
-    assert rows["bounded", 4].noise_sigma == 0.5
+    half, two = sorted((r for r in kept if r.label == "bounded"), key=lambda r: r.noise_sigma)
+    assert (half.noise_sigma, two.noise_sigma) == (0.5, 2.0)
+    # Two channels of 14 x 14 leave, once; the bound is that of as many Gaussian channels.
+    assert half.bits_per_input == pytest.approx(2 * 14 * 14 / 2 * math.log2(1 + 1 / 0.5**2))
+    assert two.bits_per_input == pytest.approx(2 * 14 * 14 / 2 * math.log2(1 + 1 / 2**2))
+    assert all(row.bits_per_input is None for row in kept if row.label != "bounded")
+    noisy = trained(TINY, "bounded", 0, runs, noise_sigma=2.0)
+    assert noisy.config.noise_sigma == 2.0
+    with pytest.raises(ConfigError, match="noise_sigma is 3.0, but bounded is trained at 0.5, 2"):
+        trained(TINY, "bounded", 0, runs, noise_sigma=3.0)
     # Rows that were lost are measured again from the weights that were kept.
     results.unlink()
     assert go("linear") == 2
@@ -149,6 +161,7 @@ def test_presets_can_work() -> None:
     [
         ((Arm("a", "linear"), Arm("a", "datamix")), "labelled 'a'"),
         ((Arm("a", "magic"),), "method of a is 'magic'"),
+        ((Arm("a", "linear", sigmas=(1.0,)),), "a has sigmas, expected none: linear adds no noise"),
         ((Arm("a", "nonlinear", teacher="b"), Arm("b", "unmixed")), "a learns from 'b'"),
         (
             (Arm("b", "datamix"), Arm("a", "nonlinear", teacher="b")),

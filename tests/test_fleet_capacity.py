@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ from edge.fleet.capacity import Capacity, Fleet, Probe, measure, probe
 from edge.fleet.capacity_view import probe_line, show_capacity, step_line
 from edge.fleet.config import FleetConfig
 from edge.fleet.objective import Objective
-from edge.fleet.report import Run
+from edge.fleet.report import Run, Summary, summarise
 from edge.fleet.run import OnProgress
 from edge.fleet.search import Plan
-from edge.fleet.settled import Settled
+from edge.fleet.settled import Settled, Watch
 from tests.fake_cloud import FakeCloud, running
 from tests.test_fleet_report import make_run
 from tests.test_fleet_run import group, wait_for
@@ -36,7 +35,6 @@ from tests.test_fleet_run import group, wait_for
 QUEUE = BatchQueue(0.02, 0.002, 16)
 P99 = Objective(0.99, 0.15)
 CAPACITY = 280.4  # tests/test_fleet_search.py holds it
-Watch = Callable[[Settled], bool]
 
 
 @dataclass
@@ -51,7 +49,7 @@ class Queue:
 
     def __call__(
         self, config: FleetConfig, on_progress: OnProgress | None, watch: Watch | None
-    ) -> Run:
+    ) -> tuple[Run, Summary]:
         self.configs.append(config)
         if config.devices > self.most:
             raise Unavailable(f"{config.devices - self.most} devices got no stream")
@@ -75,7 +73,7 @@ class Queue:
         table["sent_s"] = due_s[:rows] + lag_s
         table["queue_s"] = latency_s[:rows] - 0.04 - self.link_s
         table["uplink_s"] = self.link_s
-        return replace(
+        run = replace(
             run,
             config=config,
             table=table,
@@ -84,6 +82,7 @@ class Queue:
             elapsed_s=window_s + 1,
             interrupted=len(self.configs) > self.interrupt_after,
         )
+        return run, summarise(run)
 
 
 def make_fleet(**changes: Any) -> Fleet:
@@ -133,7 +132,9 @@ def test_a_probe_that_came_to_its_end_is_judged_whole() -> None:
     plan = Plan(P99, most_s=3.0)
     step = replace(next_after(plan), rate=100.0)
 
-    def deaf(config: FleetConfig, on_progress: OnProgress | None, watch: Watch) -> Run:
+    def deaf(
+        config: FleetConfig, on_progress: OnProgress | None, watch: Watch
+    ) -> tuple[Run, Summary]:
         return Queue()(config, on_progress, None)
 
     found, run = probe(make_fleet(), plan, step, 0, recorder=deaf)
@@ -171,7 +172,9 @@ def test_ctrl_c_gives_what_is_known() -> None:
     assert found.ended == "interrupted" and found.exit_code == 130
     assert len(found.probes) == 4 and found.rate_low == 256 and found.rate is None
 
-    def impatient(config: FleetConfig, on_progress: OnProgress | None, watch: Watch) -> Run:
+    def impatient(
+        config: FleetConfig, on_progress: OnProgress | None, watch: Watch
+    ) -> tuple[Run, Summary]:
         raise KeyboardInterrupt
 
     nothing = measure(make_fleet(), Plan(P99), recorder=impatient)

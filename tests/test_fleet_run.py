@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from cluster.cli import main
 from datamix import wire
+from datamix.bundle import load_backbone
 from datamix.errors import ConfigError, NotFound, Unavailable
-from edge.fleet import run
+from edge.fleet import process
 from edge.fleet.config import FleetConfig
 from edge.fleet.run import FleetProgress, simulate
 from tests.fake_cloud import Connection, FakeCloud, echo, running
@@ -49,6 +51,51 @@ def test_two_processes_verify_every_answer_and_leave_nothing(cloud: FakeCloud) -
     assert summary.generator_cpu_s_per_request is not None
     assert "running" in [progress.phase for progress in seen]
     assert not [p for p in psutil.Process().children(True) if "spawn_main" in " ".join(p.cmdline())]
+
+
+def test_a_stock_is_shared_by_all_shards_and_freed_by_ctrl_c() -> None:
+    import torch
+
+    folder = ROOT / "bundles/fashion-mnist-mix"
+    manifest, blocks = load_backbone(folder)
+
+    def compute(connection: Connection, request: wire.Request) -> None:
+        with torch.inference_mode():
+            rows = torch.from_numpy(request.features.astype(np.float32))
+            connection.send(echo(request, features=blocks[request.block](rows).numpy()))
+
+    shapes = tuple(tuple(block.input_shape) for block in manifest.blocks)
+    before = set(os.listdir("/dev/shm"))
+    maps: list[str] = []
+
+    def interrupt(progress: FleetProgress) -> None:
+        if not maps and progress.phase == "running" and progress.counters["ok"] > 10:
+            for child in psutil.Process().children():
+                maps.append(Path(f"/proc/{child.pid}/maps").read_text())
+            raise KeyboardInterrupt
+
+    with running(FakeCloud(compute, "torch:cpu:float32", shapes)) as cloud:
+        config = FleetConfig(
+            cloud.url, bundle=str(folder), model="echo", precompute=8, devices=10, rate=40,
+            duration_s=600, processes=2,
+        )  # fmt: skip
+        summary = simulate(config, interrupt)
+    assert summary.interrupted and summary.duration_s < 60
+    assert summary.ok > 10 and summary.wrong == 0 and not summary.failed
+    assert summary.stem == "precomputed" and summary.rounds == 2
+    assert summary.accuracy_cloud is None and summary.accuracy_local is None
+    assert sum("memfd:datamix-fleet" in text for text in maps) >= 2
+    assert "memfd:datamix-fleet" not in Path("/proc/self/maps").read_text()
+    left = set(os.listdir("/dev/shm")) - before
+    assert not [name for name in left if "datamix" in name or "psm_" in name]
+
+
+def test_several_front_doors_share_the_devices(cloud: FakeCloud) -> None:
+    with running(FakeCloud()) as other:
+        summary = simulate(make_config(cloud.url, doors=(other.url,), duration_s=0.6))
+        assert summary.ok == summary.inferences == cloud.requests + other.requests
+        assert cloud.streams == other.streams == 20
+        assert min(cloud.requests, other.requests) > 20
 
 
 def test_a_generator_that_cannot_keep_up_says_so_and_loses_no_row(cloud: FakeCloud) -> None:
@@ -149,6 +196,27 @@ def test_shards_whose_parent_was_killed_leave(cloud: FakeCloud, tmp_path: Path) 
     wait_for(lambda: not group(process.pid), 5)
 
 
+def test_a_killed_shard_ends_the_run_with_what_the_others_did(
+    cloud: FakeCloud, tmp_path: Path
+) -> None:
+    process = command(cloud, tmp_path, "--duration", "600")
+    wait_for(lambda: cloud.requests > 40)
+    shards = [
+        child.pid
+        for child in psutil.Process(process.pid).children()
+        if "spawn_main" in " ".join(child.cmdline())
+    ]
+    assert len(shards) == 2
+    os.kill(shards[1], signal.SIGKILL)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 3, err
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert "shard 1 of 2 was lost (exit code -9)" in figures["invalid_reason"]
+    assert figures["ok"] > 10 and figures["duration_s"] < 60
+    assert "was lost" in out
+    wait_for(lambda: not group(process.pid), 5)
+
+
 def test_wrong_answers_fail_the_command(tmp_path: Path) -> None:
     def negate(connection: Connection, request: wire.Request) -> None:
         connection.send(echo(request, features=-request.features))
@@ -156,8 +224,8 @@ def test_wrong_answers_fail_the_command(tmp_path: Path) -> None:
     with running(FakeCloud(negate)) as cloud:
         process = command(cloud, tmp_path, "--duration", "0.5")
         process.communicate(timeout=60)
-    assert process.returncode == 1
     figures = json.loads((tmp_path / "report.json").read_text())
+    assert process.returncode == (1 if figures["valid"] else 3)
     assert figures["wrong"] == figures["inferences"] > 0 and figures["ok"] == 0
 
 
@@ -171,7 +239,8 @@ def test_what_cannot_work_is_said_before_anything_starts(
     cloud.engine = "torch:cpu:float32"
     with pytest.raises(ConfigError, match="expected 'bundle'"):
         simulate(make_config(cloud.url))
-    monkeypatch.setattr(run, "raise_descriptor_limit", lambda: 100)
+    cloud.engine = "null"
+    monkeypatch.setattr(process, "raise_descriptor_limit", lambda: 100)
     with pytest.raises(ConfigError, match="at least 56 processes"):
         simulate(make_config(cloud.url, devices=2000))
     assert cloud.streams == 0
@@ -192,6 +261,8 @@ def test_arrivals_that_make_no_schedule_are_a_wrong_setting(
     "settings",
     [
         {"url": "cloud:80"},
+        {"doors": ("cloud:80",)},
+        {"doors": ("https://cloud",)},
         {"devices": 0},
         {"rate": 0.0},
         {"timeout_s": float("nan")},

@@ -58,7 +58,7 @@ def test_a_watched_run_of_two_processes_ends_when_that_is_enough() -> None:
         return news.until_s > 0.7
 
     with running(FakeCloud()) as cloud:
-        run = record(
+        run, _ = record(
             FleetConfig(
                 url=cloud.url,
                 workload="echo",

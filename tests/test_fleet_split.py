@@ -40,10 +40,9 @@ from edge.fleet.report import Run, Summary, summarise
 from edge.fleet.run import simulate
 from edge.fleet.shard import Shard, ShardResult
 from edge.fleet.terms import Terms, agree
-from edge.fleet.workload import BundleWorkload, Outcome
+from edge.fleet.workload import BundleWorkload, Outcome, Question
 from edge.masks import Mask, Masks
 from edge.promises import promise
-from edge.session import Round
 from edge.splitting import local_masks
 from tests.asynchronous import asynchronous
 from tests.real_cloud import Cloud, serving
@@ -125,7 +124,7 @@ class Answered:
         return masks
 
 
-def respond(question: Round, values: Any, dtype: Any) -> wire.Response:
+def respond(question: Question, values: Any, dtype: Any) -> wire.Response:
     return wire.decode_response(
         wire.encode_response(
             values, dtype=dtype, request_id="a", model="m", model_version="1", block=question.block,

@@ -51,7 +51,7 @@ def test_pyarrow_reads_what_is_written_without_it(
     dtype: wire.Dtype, shape: tuple[int, ...], rows: int, metadata: dict[str, bytes]
 ) -> None:
     features = np.arange(rows * int(np.prod(shape))).astype(dtype).reshape(rows, *shape)
-    scale = np.arange(rows, dtype=np.float32) if dtype == "int8" else None
+    scale = np.arange(rows, dtype=np.float32) if dtype in framing.STEPS else None
     start = ipc.schema_message(dtype, shape, metadata) + ipc.batch_header(dtype, shape, rows)
     body = b"".join(framing.Template((start,), ()).fill((), features, scale))
     with pa.ipc.open_stream(body) as reader:
@@ -72,6 +72,24 @@ def alike(ours: ipc.Opened, theirs: ipc.Opened) -> bool:
     """Whether two readers found the same; the body is compared by its bytes."""
     same = ours._replace(body=theirs.body) == theirs
     return same and bytes(ours.body) == bytes(theirs.body)
+
+
+def test_of_a_key_that_comes_twice_everybody_takes_the_first() -> None:
+    pairs = [
+        ("datamix.protocol", "1"),
+        ("datamix.request_id", "one"),
+        ("datamix.request_id", "two"),
+    ]
+    twice = pa.KeyValueMetadata([(key.encode(), value.encode()) for key, value in pairs])
+    with pa.ipc.open_stream(plain()) as reader:
+        batch = reader.read_next_batch()
+    sink = pa.BufferOutputStream()
+    schema = batch.schema.with_metadata(twice)
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=schema))
+    body = sink.getvalue().to_pybytes()
+    assert alike(ipc.open_stream(body), _open(body))
+    assert wire.decode_request(body).request_id == wire.peek_request_id(body) == "one"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from datamix import wire
 from datamix.errors import ConfigError
 from datamix.models import Architecture, SplitModel, build
+from edge import mixtures, modes
 from edge.laws import LAWS, Law
 from edge.loss import Loss
 from edge.methods import METHODS
@@ -68,6 +69,46 @@ def test_noise_is_there_and_repeats() -> None:
     torch.testing.assert_close(one, again, atol=0, rtol=0)
     assert float((one - other).abs().max()) > 1e-2
     assert float((one - clear).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("size", [0.0, 0.2, 5.0])
+def test_members_are_clipped_as_a_device_clips_them(size: float) -> None:
+    features = size * torch.randn(5, 3, 4, 4)
+    features[0] /= 10
+    clipped, scale = mixtures.clip(features)
+    theirs, their_scale = modes.clip(features.numpy())
+    torch.testing.assert_close(clipped, torch.from_numpy(theirs), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(scale.flatten(), torch.from_numpy(their_scale), rtol=1e-5, atol=0)
+    leaf = features.clone().requires_grad_()
+    clipped, scale = mixtures.clip(leaf)
+    torch.autograd.backward(clipped.sum() + scale.sum())
+    assert leaf.grad is not None and bool(leaf.grad.isfinite().all())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mixtures.clip(features.bfloat16())[0].dtype == torch.float32
+
+
+def test_noise_meets_clipped_members_and_the_answer_is_unclipped() -> None:
+    model = model_of("bounded", BRIDGED)
+    model.stem = torch.nn.Sequential(model.stem, Times(3.0))  # more than 1 in the mean
+    x = torch.randn(8, 1, 28, 28)
+    seen: list[torch.Tensor] = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.inference_mode():
+        plain = model(x)
+        noisy = mixed_logits(model, x, Mixing(4, noise_sigma=1e-6), np.random.default_rng(0))
+    torch.testing.assert_close(noisy, plain, rtol=1e-3, atol=1e-3)
+    free, protected = (float(part.square().mean()) for part in seen)
+    assert free > 1.5
+    assert protected <= 1 + 1e-5
+
+
+class Times(torch.nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
 
 
 def test_gradients_reach_every_parameter_through_the_mixing() -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from datamix import wire
 from datamix.errors import ConfigError
 from edge.masks import Mask, Masks
 from edge.modes import (
@@ -23,6 +24,7 @@ from edge.modes import (
     check_mode,
     clip,
     gaussian_bits,
+    int16_step,
     mode_of,
     share,
     wire_dtype,
@@ -87,6 +89,40 @@ def test_a_share_stands_on_the_grid_and_hides_features_in_noise() -> None:
     steps = sent.astype(np.float64) / GRID
     assert (steps == np.rint(steps)).all()
     assert np.abs(sent - (given + 300.0 * noise)).max() <= 0.5001 * GRID + 300 * 2.0**-22
+
+
+def test_a_share_of_16_bits_is_whole_steps_of_sigma_alone_and_is_cut_off_far_out() -> None:
+    step = int16_step(300.0)
+    assert step == np.float32(6 * 300 / 32767)
+    noise = np.random.default_rng(3).standard_normal((GROUP, *SHAPE))
+    noise[0].flat[:2] = 8.6, -8.6
+    given, _ = clip(features())
+    sent = share(given, Mask(noise, np.zeros((GROUP, 1), np.float32)), 300.0, step)
+    steps, scale = wire.quantise(sent, "int16", step=step)
+    assert scale is not None and (scale == np.float32(step)).all()
+    assert np.array_equal(wire.dequantise(steps, scale), sent)
+    assert steps[0].flat[0] == 32767 and steps[0].flat[1] == -32767
+    off = np.abs(sent - (given + 300.0 * noise)).ravel()[2:]
+    assert off.max() <= 0.5001 * step + 300 * 2.0**-21
+
+
+def test_the_mode_split_says_its_step_where_the_wire_is_of_integers() -> None:
+    kinds: tuple[wire.Dtype, ...] = ("float16", "int16", "float32")
+    steps = [Split(300.0, masks(), dtype).step for dtype in kinds]
+    assert steps == [None, int16_step(300.0), None]
+    assert Bounded(1.0).step is None and Mix().step is None
+    manifest = make_manifest(all_modes=True)
+    assert manifest.split is not None
+    coarse = manifest.model_copy(
+        update={"split": manifest.split.model_copy(update={"wire_dtype": "int16"})}
+    )
+    assert mode_of(coarse, "split", masks()).step == int16_step(manifest.split.sigma)
+    assert mode_of(coarse, "split", masks(), "float32").step is None
+    assert wire_dtype(coarse, "split") == "int16"
+    coarser: tuple[wire.Dtype, ...] = ("float16", "int8")
+    for wanted in coarser:
+        with pytest.raises(ConfigError, match="expected 'int16' or finer"):
+            wire_dtype(coarse, "split", wanted)
 
 
 def test_noise_of_the_mode_bounded_is_fresh_and_has_its_deviation() -> None:

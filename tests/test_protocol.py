@@ -193,10 +193,12 @@ BAD_INPUT = {
     "scale beside float16": Fault(
         arrow(batch_of({"features": tensor(rows_of(0)), "scale": SCALE})),
         400,
-        "a scale column belongs to int8 features",
+        "a scale column belongs to int8 and int16 features",
     ),
     "int8 without scale": Fault(
-        arrow(batch_of({"features": INT8})), 400, "a scale column belongs to int8 features"
+        arrow(batch_of({"features": INT8})),
+        400,
+        "a scale column belongs to int8 and int16 features",
     ),
     "scale of another type": Fault(
         arrow(batch_of({"features": INT8, "scale": SCALE.cast(pa.float64())})),

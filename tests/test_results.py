@@ -188,6 +188,43 @@ def test_the_page_shows_every_figure(tmp_path: Path) -> None:
         write_page(tmp_path / "none.json", tmp_path / "p.md", tmp_path / "p")
 
 
+def attacked(attack: str, value: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "attack": attack, "metric": "reid_top1", "mode": "bounded", "dataset": "cifar10",
+        "bundle": "cifar10-bounded", "sigma": 2, "value": value, "floor": 0.02, "bound_bits": 252.4,
+        **changes,
+    }  # fmt: skip
+
+
+def test_the_curve_of_bounded_has_bits_accuracy_and_attacks_in_one_table(tmp_path: Path) -> None:
+    noisy = [
+        row("bounded", accuracy, seed=seed, noise_sigma=2.0, bits_per_input=252.4, group_size=4)
+        for seed, accuracy in ((0, 0.86), (1, 0.84))
+    ]
+    put_rows(tmp_path / "results.json", [*both(), *both(seed=1), *noisy])
+    attacks = [
+        attacked("span", 0.9),
+        attacked("repeats", 0.97, repeats=16, bound_bits=4038.4),
+        attacked("span", 0.5, bundle="cifar10-mix", sigma=4, bound_bits=68.57),
+        attacked("span", 0.1, mode="split"),
+    ]
+    (tmp_path / "attacks.json").write_text(json.dumps({"rows": attacks}))
+    page = tmp_path / "results.md"
+    write_page(tmp_path / "results.json", page, tmp_path / "results", tmp_path / "attacks.json")
+    text = page.read_text()
+    line = "| cifar10 | bounded | 2 | 252.4 | 85.00 | 80.00 | 0.90 (0.02) |  | 0.97 (0.02) |  |  |"
+    assert line in text
+    assert "| cifar10 | mix | 4 | 68.57 |  |  | 0.50 (0.02) |  |  |  |  |" in text
+    assert "![bounded](results/cifar10-bounded.svg)" in text
+    assert (tmp_path / "results" / "cifar10-bounded.svg").exists()
+    write_page(tmp_path / "results.json", page, tmp_path / "results", tmp_path / "none.json")
+    assert "| cifar10 | bounded | 2 | 252.4 | 85.00 | 80.00 |  |  |  |  |  |" in page.read_text()
+    (tmp_path / "attacks.json").write_text("[]")
+    with pytest.raises(ConfigError, match="holds no rows of attacks"):
+        write_page(tmp_path / "results.json", page, tmp_path, tmp_path / "attacks.json")
+    assert "bounded" not in render([row(), *both()], "results.json", {})
+
+
 def test_tables_are_tables() -> None:
     text = render([row(), *both()], "results.json", {})
     for block in text.split("\n\n"):

@@ -161,5 +161,6 @@ def test_a_round_shows_nothing_of_the_coefficients() -> None:
     device = FakeDevice()
     session = infer_group(device, stem_of(device, raw_inputs(GROUP)))
     step = next(session)
-    assert set(Round.__slots__) == {"block", "features"}
+    assert set(Round.__slots__) == {"block", "features", "step"}
+    assert step.step is None  # it follows from sigma, which is public, where there is one
     assert "Coefficients" not in repr(step)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamix.bundle import load_backbone, read_manifest
+from datamix.bundle import SplitSpec, load_backbone, read_manifest
 from datamix.errors import ConfigError
 from datamix.models import Architecture, SplitModel, build
+from edge import splitting
 from edge.data import sample_for
 from edge.evaluate import evaluate
 from edge.modes import gaussian_bits
 from edge.promises import promise
-from edge.splitting import BITS_PER_INPUT, choose, measure, sigma_for
+from edge.splitting import BITS_PER_INPUT, Fit, WireType, choose, measure, sigma_for
 from tests.test_readme import ROOT
 
 BUNDLES = sorted(path.parent for path in (ROOT / "bundles").glob("*/manifest.json"))
@@ -53,6 +56,25 @@ def test_float32_is_more_exact_than_float16_and_more_noise_is_less_exact() -> No
     }
     assert errors[30.0, "float32"] < errors[30.0, "float16"] < errors[1000.0, "float16"]
     assert errors[1000.0, "float32"] < 0.01
+
+
+def test_integers_of_16_bits_are_more_exact_than_float16_and_chosen_before_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kinds: tuple[WireType, ...] = ("float16", "int16", "float32")
+    errors = [measure(small(), INPUTS, 300.0, dtype).error for dtype in kinds]
+    assert errors[0] > 1.5 * errors[1] > errors[2]
+
+    def changing(*arguments: Any) -> Fit:
+        spec = SplitSpec(sigma=arguments[2], wire_dtype=arguments[3], tolerance=0.1)
+        return Fit(spec, 0.0, {"float16": 0.02, "int16": share, "float32": 0.0}[arguments[3]])
+
+    monkeypatch.setattr(splitting, "measure", changing)
+    chosen = []
+    for share in (0.0, 0.02):  # noqa: B007, which the closure above reads
+        spec = choose(small(), INPUTS)
+        chosen.append(spec and spec.wire_dtype)
+    assert chosen == ["int16", "float32"]
 
 
 def test_the_choice_keeps_the_bits_for_all_rounds_together() -> None:

@@ -28,7 +28,9 @@ from datamix.errors import DataMixError, NonFinite, TooLarge, WireError
 Array = npt.NDArray[Any]
 
 GOLDEN = Path(__file__).parent / "golden"
-ARROW: dict[str, Any] = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}
+ARROW: dict[str, Any] = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()} | {
+    "int16": pa.int16()
+}
 # Every hostile message carries this word in its values and its metadata: no error may repeat it.
 SECRET = "PASSPORT"
 GOOD = {"datamix.protocol": "1", "datamix.request_id": "r-1", "datamix.note": SECRET}
@@ -83,7 +85,7 @@ def secret_values(rows: int = 2, dtype: str = "float16") -> Array:
 def plain(dtype: str = "float16", rows: int = 2, **options: Any) -> bytes:
     """A good request; with int8 it has a scale."""
     columns = {"features": tensors(secret_values(rows, dtype))}
-    if dtype == "int8":
+    if dtype in framing.STEPS:
         columns["scale"] = pa.array(np.full(rows, 0.5, np.float32))
     return stream(columns, **options)
 
@@ -291,6 +293,24 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], type[DataMixError]]] = {
     "tensors of lists": (lambda: typed(pa.list_(pa.field(SECRET, pa.int8()))), WireError),
     "tensors of times": (lambda: typed(pa.timestamp("s", SECRET)), WireError),
     # scale
+    "int16 without scale": (
+        lambda: stream({"features": tensors(secret_values(2, "int16"))}),
+        WireError,
+    ),
+    "scale of int16 is float16": (
+        lambda: scaled(pa.array(ONES.astype(np.float16)), "int16"),
+        WireError,
+    ),
+    "scale of int16 has a null": (
+        lambda: scaled(pa.array([1.0, None], pa.float32()), "int16"),
+        WireError,
+    ),
+    "scale of int16 is NaN": (lambda: scaled(pa.array(f32(1, np.nan)), "int16"), NonFinite),
+    "scale of int16 overflows": (lambda: scaled(pa.array(f32(1, 2e34)), "int16"), NonFinite),
+    "int16 scale too short": (lambda: lie(plain("int16"), "length", 2, 1), WireError),
+    "int16 scale buffer too short": (lambda: lie(plain("int16"), "size", 4, 4), WireError),
+    "unsigned int16": (lambda: typed(pa.uint16()), WireError),
+    "seeds as int16": (lambda: seeded(SEED_ROWS.astype(np.int16)), WireError),
     "int8 without scale": (
         lambda: stream({"features": tensors(secret_values(2, "int8"))}),
         WireError,
@@ -522,13 +542,13 @@ def test_columns_may_be_declared_nullable_or_not() -> None:
 def test_compressed_messages_inflate_to_the_same(dtype: str, codec: str) -> None:
     values = np.resize(np.arange(8), (4, 6, 100)).astype(dtype)
     columns = {"features": tensors(values)}
-    if dtype == "int8":
+    if dtype in framing.STEPS:
         columns["scale"] = pa.array(f32(1, 2, 3, 4))
     body = stream(columns, codec=codec)
     assert len(body) < len(stream(columns))  # it did compress
     request = wire.decode_request(body)
     assert np.array_equal(request.features, values)
-    if dtype == "int8":
+    if dtype in framing.STEPS:
         assert request.scale is not None
         assert request.scale.tolist() == [1, 2, 3, 4]
 
@@ -597,6 +617,7 @@ SEEDS = [
     plain("int8"),
     plain(codec="lz4"),
     plain("int8", codec="zstd"),
+    plain("int16"),
     wire.encode_error("r-1", 429, "queue full", retry_after_s=0.5),
     with_dictionary(),
     stream({"scale": pa.array(["x", None]), "features": pa.array([[1], None])}),
@@ -649,7 +670,7 @@ def test_our_bytes_are_those_of_pyarrows_writer(
 ) -> None:
     generator = np.random.default_rng(seed)
     features = (100 * generator.standard_normal((rows, *shape))).astype(dtype)
-    scale = generator.random(rows).astype(np.float32) if dtype == "int8" else None
+    scale = generator.random(rows).astype(np.float32) if dtype in framing.STEPS else None
     metadata = {"datamix.request_id": extra, "datamix.error": "späť"}
     columns: dict[str, Any] = {"features": tensors(features)}
     if scale is not None:
@@ -698,6 +719,9 @@ def golden_messages() -> dict[str, bytes]:
     }
     return {
         "request-float16": wire.encode_request(features, request_id="golden-1"),
+        "request-int16": wire.encode_request(
+            features, request_id="golden-3", dtype="int16", step=2.0**-12
+        ),
         "request-int8": wire.encode_request(
             features,
             request_id="golden-2",
@@ -732,7 +756,7 @@ def test_golden_files_are_ordinary_arrow(name: str) -> None:
     assert isinstance(column.type, pa.FixedShapeTensorType)
     if name != "error":
         values = column.combine_chunks().to_numpy_ndarray().astype(np.float32)
-        if name == "request-int8":
+        if name.startswith("request-int"):
             values *= table["scale"].to_numpy().reshape(4, 1, 1, 1)
         expected = np.arange(-12, 12, dtype=np.float32).reshape(4, 1, 2, 3) / 8
         assert np.allclose(values, expected, atol=0.01)
@@ -752,6 +776,10 @@ def test_golden_files_decode_to_what_went_in() -> None:
     assert (first.deadline_s, first.priority, first.scale) == (None, 0, None)
     assert (second.model, second.model_version, second.block) == ("fashion", "3", 1)
     assert (second.deadline_s, second.priority, second.rows) == (1.5, 1, 4)
+    third = wire.decode_request(read("request-int16"))
+    assert (third.dtype, third.features.shape) == ("int16", (4, 1, 2, 3))
+    assert third.scale is not None and third.scale.tolist() == [2.0**-12] * 4
+    assert third.features.ravel().tolist() == list(range(-12 * 512, 12 * 512, 512))
     response = wire.decode_response(read("response"))
     assert (response.status, response.error, response.retry_after_s) == (200, None, None)
     assert (response.queue_s, response.compute_s) == (0.00125, 0.004)
@@ -883,6 +911,50 @@ def test_only_seeds_are_sent_as_seeds(kind: Any) -> None:
 
 
 @given(floats(limit=2.0**127))
+@example(f32([3.4e38, -3.4e38]))
+@example(f32([1e-45, -1e-45]))
+@example(np.zeros((2, 3), np.float32))
+def test_int16_is_wrong_by_half_a_step_at_most(features: Array) -> None:
+    values, scale = wire.quantise(features, "int16")
+    assert values.dtype == np.int16
+    assert scale is not None and np.all(scale > 0)
+    check_close(wire.dequantise(values, scale), features, "int16", scale)
+
+
+@given(st.integers(-30, 30), hnp.arrays(np.int16, (2, 7), elements=st.integers(-32767, 32767)))
+def test_multiples_of_a_step_come_out_exactly(exponent: int, steps: Array) -> None:
+    step = 2.0**exponent
+    sent = (steps * step).astype(np.float32)
+    request = wire.decode_request(
+        wire.encode_request(sent, request_id="a", dtype="int16", step=step)
+    )
+    assert np.array_equal(request.features, steps)
+    assert request.scale is not None and (request.scale == step).all()
+    assert np.array_equal(wire.dequantise(request.features, request.scale), sent)
+
+
+@pytest.mark.parametrize("dtype", framing.STEPS)
+def test_what_exceeds_a_step_is_refused_and_not_cut_off(dtype: wire.Dtype) -> None:
+    most = framing.STEPS[dtype]
+    wire.encode_request(f32([most, -most]), request_id="a", dtype=dtype, step=1.0)
+    for value in (most + 1, -most - 1):
+        with pytest.raises(NonFinite, match=f"exceed {most} steps of 1, which {dtype} holds"):
+            wire.encode_request(f32([value]), request_id="a", dtype=dtype, step=1.0)
+
+
+@pytest.mark.parametrize("step", [0.0, -1.0, 1e-45, 1e38, np.nan, np.inf])
+def test_a_step_that_is_none_is_refused(step: float) -> None:
+    with pytest.raises(WireError, match="step is"):
+        wire.encode_request(f32([0.0]), request_id="a", dtype="int16", step=step)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_floats_have_no_step(dtype: wire.Dtype) -> None:
+    with pytest.raises(WireError, match=f"step is 1 for {dtype}, expected one with int8 and int16"):
+        wire.encode_request(f32([0.0]), request_id="a", dtype=dtype, step=1.0)
+
+
+@given(floats(limit=2.0**127))
 @example(np.full((1, 2), 2.66e-43, np.float32))  # 190 times the smallest float: 1.5 steps, not 1
 @example(f32([1e-45, -1e-45]))
 @example(np.zeros((2, 3), np.float32))
@@ -970,7 +1042,7 @@ def test_decoding_copies_nothing(dtype: str, kind: Any) -> None:
     request = wire.decode_request(body)
     raw = np.frombuffer(body, np.uint8)
     assert np.shares_memory(request.features, raw)
-    if dtype == "int8":
+    if dtype in framing.STEPS:
         assert request.scale is not None
         assert np.shares_memory(request.scale, raw)
     if kind is not bytearray:
@@ -987,6 +1059,7 @@ def test_features_outlive_the_name_of_their_message() -> None:
     [
         ("float32", 1.0),  # the message
         ("float16", 0.5 + 0.5),  # the values in their new type, and the message
+        ("int16", 1.0 + 0.5),
         ("int8", 1.0 + 0.25),  # the quotients, and the values in their new type; then the message
     ],
 )

@@ -25,8 +25,10 @@ class BridgeNet:
 
     Attributes:
         input_shape: (C, H, W).
-        stem_width: channels of the features that leave the device, half as high and wide as the
-            input.
+        stem_width: channels of the stem, half as high and wide as the input.
+        sent_width: channels of the features that leave the device, by a learned 1x1 projection at
+            the stem's end; 0: there is none, and all ``stem_width`` leave. Where noise bounds what
+            a value can tell, fewer values tell less.
         stem_units: residual units of a depthwise and a 1x1 convolution in the stem.
         widths: channels of each section of the cloud's part.
         strides: of each section's first convolution.
@@ -43,6 +45,7 @@ class BridgeNet:
 
     input_shape: tuple[int, int, int] = (1, 28, 28)
     stem_width: int = 32
+    sent_width: int = 0
     stem_units: int = 2
     widths: tuple[int, ...] = (96, 128, 192)
     strides: tuple[int, ...] = (2, 1, 2)
@@ -69,7 +72,7 @@ class BridgeNet:
 
     def build(self) -> SplitModel:
         """The untrained network."""
-        width = self.stem_width
+        width = self._leaving
         sizes = [-(-size // 2) for size in self.input_shape[1:]]
         blocks: list[list[nn.Module]] = []
         bridges: list[nn.Module] = []
@@ -93,6 +96,11 @@ class BridgeNet:
             linear=self.cloud == "linear",
         )
 
+    @property
+    def _leaving(self) -> int:
+        """Channels of the stem's output."""
+        return self.sent_width or self.stem_width
+
     def _starts_a_block(self, index: int) -> bool:
         """Whether section ``index`` is the first one of its round; rounds are as even as can be."""
         share = len(self.widths) / self.rounds
@@ -105,7 +113,9 @@ class BridgeNet:
             for _ in range(self.stem_units)
         ]
         entry = conv3x3(self.input_shape[0], width, stride=2)
-        return nn.Sequential(entry, *_norm_relu(width), *units, Whiten(width))
+        projection = [nn.Conv2d(width, self.sent_width, 1, bias=False)] if self.sent_width else []
+        last = Whiten(self._leaving)
+        return nn.Sequential(entry, *_norm_relu(width), *units, *projection, last)
 
     def _section(self, inputs: int, width: int, stride: int) -> list[nn.Module]:
         layers: list[nn.Module] = [conv3x3(inputs, width, stride)]
@@ -152,7 +162,7 @@ class BridgeNet:
         Each section as a depthwise and a 1x1 convolution (MobileNet, arXiv:1704.04861).
         """
         layers: list[nn.Module] = []
-        width, sizes = self.stem_width, [-(-size // 2) for size in self.input_shape[1:]]
+        width, sizes = self._leaving, [-(-size // 2) for size in self.input_shape[1:]]
         for wider, stride in zip(self.widths, self.strides, strict=True):
             layers += [*_depthwise(width, stride), *_norm_relu(width)]
             layers.append(nn.Conv2d(width, wider, 1, bias=False))

@@ -36,9 +36,9 @@ def build(architecture: Architecture) -> SplitModel:
     ``convnet`` (1x28x28, linear blocks): n_blocks 1..4 (2), stem_width (16), width (64), depth:
     residual pairs per block (1), hidden (128), classes (10).
     ``bridgenet`` (linear blocks, rich bridges; :class:`datamix.models.bridgenet.BridgeNet`): input
-    ("1,28,28"), stem_width (32), stem_units (2), widths ("96,128,192"), strides ("2,1,2"), depth
-    (1), rounds (as many as widths), bridge: pointwise or relu (pointwise), neck (0), hidden (0),
-    classes (10), cloud: linear, relu or prelu (linear).
+    ("1,28,28"), stem_width (32), sent_width (0), stem_units (2), widths ("96,128,192"), strides
+    ("2,1,2"), depth (1), rounds (as many as widths), bridge: pointwise or relu (pointwise), neck
+    (0), hidden (0), classes (10), cloud: linear, relu or prelu (linear).
     ``resnet18``, ``resnet34``, ``resnet50``, ``vgg16``, ``mobilenetv2`` (published networks):
     image_size (32), channels (3), classes (10), width: per cent of the published channels (100);
     how they are split (:func:`datamix.models.chain.split_chain`): cut: units on the device (1 stage
@@ -128,6 +128,7 @@ def _bridgenet(options: Options) -> SplitModel:
     net = BridgeNet(
         input_shape=(channels, height, width),
         stem_width=options.take("stem_width", 32, 1, 1024),
+        sent_width=options.take("sent_width", 0, 0, 1024),
         stem_units=options.take("stem_units", 2, 0, 16),
         widths=widths,
         strides=strides,

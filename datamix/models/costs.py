@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from datamix.errors import ConfigError
-from datamix.framing import DTYPES, Dtype
+from datamix.framing import DTYPES, STEPS, Dtype
 from datamix.models.flops import Part, collapsed, parts_of, values_in
 from datamix.models.memory import peak_values
 from datamix.models.split import Shape, SplitModel
 
-_SCALE_BYTES = 4  # of one float32 per row, with int8
-_VALUE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "int8": 1}
+_SCALE_BYTES = 4  # of one float32 per row, with integers
+_VALUE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "int8": 1, "int16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ def costs(model: SplitModel, *, group_size: int = 0, wire_dtype: Dtype = "float1
     Args:
         model: on any device; its values don't matter.
         group_size: K, for the FLOPs of mixing and de-mixing; 0 leaves them out.
-        wire_dtype: ``float32``, ``float16`` or ``int8``.
+        wire_dtype: ``float32``, ``float16``, ``int8`` or ``int16``.
 
     Raises:
         ConfigError: another ``wire_dtype``, or ``group_size`` below 0.
@@ -191,7 +191,7 @@ def costs(model: SplitModel, *, group_size: int = 0, wire_dtype: Dtype = "float1
 
 def row_bytes(shape: Shape, wire_dtype: Dtype) -> int:
     """Bytes of one row on the wire, its scale included, framing left out."""
-    scale = _SCALE_BYTES if wire_dtype == "int8" else 0
+    scale = _SCALE_BYTES if wire_dtype in STEPS else 0
     return values_in(shape) * _VALUE_BYTES[wire_dtype] + scale
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from datamix.clipping import clip
 from edge.audit.separation import Background, background_of
 from edge.preprocess import preprocessor
 
@@ -71,11 +72,8 @@ def logits(public: Public, features: Array) -> Floats:
 
 
 def clipped(features: Array) -> Floats:
-    """Features divided by max(1, root mean square of each row), as they leave in two modes."""
-    flat = features.reshape(len(features), -1).astype(np.float64)
-    size = np.sqrt(np.mean(flat**2, axis=1))
-    shrunk: Floats = (flat / np.maximum(1.0, size)[:, None]).astype(np.float32)
-    return shrunk.reshape(features.shape)
+    """Features (n, C, H, W) as they leave in the two modes with noise."""
+    return clip(features)[0]
 
 
 def some_public(public: Public, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:

@@ -124,6 +124,7 @@ def record(
     groups: int,
     *,
     seed: int = 0,
+    repeats: int = 1,
     ends: Ends | None = None,
     config: ClientConfig | None = None,
     report: Report | None = None,
@@ -136,8 +137,9 @@ def record(
         device: its manifest says K and the shapes.
         mode: what leaves the device; None for the bundle's own.
         material: victims are drawn from its gallery.
-        groups: inferences.
+        groups: of victims; one inference each, or ``repeats``.
         seed: of the choice of victims; what protects them comes from the operating system.
+        repeats: how often each group is inferred, in a row, without a cache.
         ends: real operators.
         config: the client's patience.
         report: takes a line of progress.
@@ -149,7 +151,8 @@ def record(
     """
     manifest = device.manifest
     chosen = check_mode(manifest, mode)
-    victims = material.victims(groups, manifest.group_size, seed)
+    chosen_members = material.victims(groups, manifest.group_size, seed)
+    victims = np.repeat(chosen_members, repeats, axis=0)
     ends = ends or Ends()
     tape = Tape(clock)
     first = RecordingTransport(_end(ends.url, bundle, manifest, ends.access), tape, "A")
@@ -161,7 +164,7 @@ def record(
     client = partial(
         Client, first, device, mode=chosen, second=second, allow_same_operator=split, config=config
     )
-    asyncio.run(_drive(client, raw, groups, report or (lambda _: None)))
+    asyncio.run(_drive(client, raw, len(victims), report or (lambda _: None)))
     header = Header(
         mode=chosen,
         model=manifest.name,

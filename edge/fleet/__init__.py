@@ -13,6 +13,9 @@ stages.py     how long the device's own steps really took
 options.py    ``key=value,...`` on the command line
 workload.py   what a device asks and what answer is right: bundle (real) or echo (load test)
 inputs.py     the bundle workload's ingredients, computed once per process
+stock.py      groups mixed and encoded once, to be sent many times
+prepare.py    makes a stock of a bundle
+shared.py     memory without a name, one copy for all processes
 device.py     one device: its stream, and what it has under way
 streams.py    the streams of one shard's devices: opened, lost, dropped, left
 timers.py     many small waits on one timer
@@ -20,7 +23,9 @@ turns.py      a closed loop: what is due once a device has its answer
 own_time.py   devices whose processor and link are simulated
 shard.py      one event loop full of devices
 counters.py   what a shard counts, and what it says in between and at the end
-process.py    one spawned process with one shard, and the words it has with its parent
+process.py    one shard at work, and the words it has with its parent
+crew.py       what the parent sees of its shards
+processes.py  a crew of spawned processes
 result.py     one row per inference, in one array
 stats.py      the cloud's own figures, read before, during and after
 report.py     all rows -> one Summary

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,10 +19,10 @@ from datamix.errors import ConfigError, Unavailable
 from edge.fleet import arrivals, limiting, result
 from edge.fleet.config import FleetConfig
 from edge.fleet.limiting import NONE, Limit
-from edge.fleet.report import Run, Summary, summarise
+from edge.fleet.report import Run, Summary
 from edge.fleet.run import OnProgress, record
 from edge.fleet.search import Estimate, Plan, Step, Tried, estimate, next_step
-from edge.fleet.settled import Settled, counted
+from edge.fleet.settled import Settled, Watch, counted
 from edge.fleet.verdict import Judge, Verdict
 
 _SPOILED = 3  # probes in a row that the generator and not the cloud has failed
@@ -30,7 +30,15 @@ _SPOILED = 3  # probes in a row that the generator and not the cloud has failed
 _ELSEWHERE = ("device", "link")  # what takes its time whatever the load
 _STEADY = (arrivals.Poisson, arrivals.Constant, arrivals.Gamma)
 
-Recorder = Callable[[FleetConfig, OnProgress | None, Callable[[Settled], bool]], Run]
+
+class Recorder(Protocol):
+    """Runs a fleet, watched: :func:`edge.fleet.run.record`, or what a test has in its place."""
+
+    def __call__(
+        self, config: FleetConfig, on_progress: OnProgress | None, *, watch: Watch
+    ) -> tuple[Run, Summary]:
+        """Run ``config``; all that was recorded, and what it says."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +230,10 @@ def probe(
         over = judge.add(news.due_s, news.latency_s, news.until_s)
         return over
 
-    run = recorder(config, on_progress, watch)
+    run, summary = recorder(config, on_progress, watch=watch)
     verdict = judge.verdict if over else None
     if verdict is None:
         verdict = _whole(run, plan, step)
-    summary = summarise(run)
     return describe(Tried(step.rate, verdict), fleet, plan, run, summary, step), run
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from datamix.errors import ConfigError
 from edge.fleet.config import FleetConfig
+from edge.fleet.crew import Launch
+from edge.fleet.processes import processes
 from edge.fleet.run import simulate
 from edge.fleet.threshold import Threshold, exit_code
 from edge.fleet.view import live_view, show
@@ -21,6 +23,7 @@ def run(
     json_path: Path | None,
     html_path: Path | None,
     gates: Sequence[Threshold] = (),
+    launch: Launch = processes,
 ) -> int:
     """Simulate and report; return the exit code.
 
@@ -37,7 +40,7 @@ def run(
             raise ConfigError(f"{path.parent} is no folder, expected one to write {path.name} to")
     config.schedule()  # what makes none, such as a trace that can't be read, is said at once
     with live_view() as on_progress:
-        summary = simulate(config, on_progress)
+        summary = simulate(config, on_progress, launch)
     show(summary)
     outcomes = [gate.judge(summary) for gate in gates]
     for outcome in outcomes:

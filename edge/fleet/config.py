@@ -20,6 +20,8 @@ class FleetConfig:
 
     Attributes:
         url: base URL of the cloud, ``http(s)://host:port``.
+        doors: base URLs of more front doors of the same cloud, such as HAProxy on other nodes; the
+            devices are spread over all of them in turn.
         bundle: the bundle whose stem, bridges and head the devices run; its backbone is read too
             where answers are verified. Needed for ``workload="bundle"``.
         inputs: ``.npz`` file with ``labels`` (n,) and ``images`` (n, C, H, W) uint8 or ``pcm``
@@ -40,6 +42,8 @@ class FleetConfig:
         connect_at_once: how many devices open their stream at the same time.
         connect_timeout_s: by when every device has its stream, or the run does not start.
         model: the model's name; None for the bundle's, or the one that the cloud says it serves.
+        precompute: groups that are mixed and encoded once, before the run, and sent in turn; 0 for
+            fresh mixtures in every message, as devices send them. For the bundle workload.
         rows: rows per message of the echo workload; the bundle workload has ``group_size`` rows.
         token: bearer token, where the cloud wants one; not in the repr.
         ca_file: PEM file of the authorities that may vouch for an ``https`` cloud; None for those
@@ -76,8 +80,10 @@ class FleetConfig:
     connect_timeout_s: float = 60.0
     model: str | None = None
     rows: int = 4
+    precompute: int = 0
     token: str | None = field(default=None, repr=False)
     ca_file: str | None = None
+    doors: tuple[str, ...] = ()
     mode: str | None = None
     second: str | None = None
     second_token: str | None = field(default=None, repr=False)
@@ -91,9 +97,13 @@ class FleetConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot mean anything."""
-        for url in (self.url, *([self.second] if self.second is not None else [])):
+        second = () if self.second is None else (self.second,)
+        for url in (self.url, *self.doors, *second):
             if not url.startswith(("http://", "https://")):
                 raise ConfigError(f"url is {url!r}, expected http://host:port or https://host:port")
+        for url in self.doors:
+            if url.split(":")[0] != self.url.split(":")[0]:
+                raise ConfigError(f"url is {url!r}, expected the scheme of {self.url!r}")
         if self.workload not in WORKLOADS:
             raise ConfigError(f"workload is {self.workload!r}, expected one of {WORKLOADS}")
         if self.workload == "bundle" and self.bundle is None:
@@ -104,6 +114,11 @@ class FleetConfig:
         for name in ("rate", "duration_s", "timeout_s", "connect_timeout_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a positive number")
+        if self.precompute < 0 or (self.precompute and self.workload != "bundle"):
+            raise ConfigError(
+                f"precompute is {self.precompute} with the workload {self.workload!r},"
+                " expected 0, or more with 'bundle'"
+            )
         if self.max_retries < 0 or self.retry_ratio < 0:
             raise ConfigError("max_retries and retry_ratio are 0 or more")
         if self.workload == "echo" and (self.mode is not None or self.second is not None):
@@ -150,6 +165,13 @@ class FleetConfig:
         """The URL without a slash at its end."""
         return self.url.rstrip("/")
 
-    def stream_url(self, model: str) -> str:
+    @property
+    def base_urls(self) -> tuple[str, ...]:
+        """All front doors, without slashes at their ends."""
+        return tuple(url.rstrip("/") for url in (self.url, *self.doors))
+
+    def stream_url(self, model: str, device: int = 0) -> str:
         """Where a device opens its stream."""
-        return f"ws{self.base_url.removeprefix('http')}/v2/models/{model}/stream"
+        doors = self.base_urls
+        door = doors[device % len(doors)]
+        return f"ws{door.removeprefix('http')}/v2/models/{model}/stream"

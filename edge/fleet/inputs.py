@@ -53,10 +53,16 @@ def bundle_workload(
     device = TorchDevice(config.bundle)
     raw, labels = load_inputs(config.inputs, device.manifest)
     mode = check_mode(device.manifest, config.mode)
-    features = _chunked(lambda part: device.stem(device.preprocess(part)), raw)
+    features = compute_features(device, raw)
     reference = compute_reference(config.bundle, device, features, mode) if config.verify else None
     choice = pacing.inputs(inferences, device.manifest.group_size, len(raw), config.seed)
     return BundleWorkload(device, features, labels, choice, reference, mode, offline)
+
+
+def compute_features(device: TorchDevice, raw: Array) -> Floats:
+    """Raw inputs (n, *raw_shape) to the stem's output (n, C, H, W)."""
+    features: Floats = _chunked(lambda part: device.stem(device.preprocess(part)), raw)
+    return features
 
 
 def load_inputs(path: str | None, manifest: Manifest) -> tuple[Array, Array]:

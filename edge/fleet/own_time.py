@@ -15,7 +15,7 @@ from edge.fleet.device import Flight
 from edge.fleet.profiles import Times
 from edge.fleet.stages import Stages
 from edge.fleet.timers import Timers
-from edge.session import Round
+from edge.fleet.workload import Question
 
 
 class Host(Protocol):
@@ -31,7 +31,7 @@ class Host(Protocol):
         """What really ran since it was cleared; None where nothing does."""
         ...
 
-    def ask(self, flight: Flight, question: Round, at_s: float) -> float:
+    def ask(self, flight: Flight, question: Question, at_s: float) -> float:
         """Make a message, at the device's time ``at_s``; return what that really took."""
         ...
 
@@ -49,7 +49,7 @@ class OwnTime:
         self._timers = timers
         self._clock = clock
 
-    def prepare(self, flight: Flight, question: Round, at_s: float, times: Times) -> None:
+    def prepare(self, flight: Flight, question: Question, at_s: float, times: Times) -> None:
         """Mix and make a message from the device's time ``at_s`` on, and let it set out."""
         host, position = self._host, flight.position
         mix_s = times.mix_s

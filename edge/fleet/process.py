@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import math
 import os
 import signal
 import sys
@@ -19,16 +20,19 @@ import traceback
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
-from datamix.errors import DataMixError
+from datamix.errors import ConfigError, DataMixError
 from datamix.limits import raise_descriptor_limit
 from edge.fleet.config import FleetConfig
 from edge.fleet.offline import Offline
-from edge.fleet.shard import Shard
+from edge.fleet.prepare import Shelf
+from edge.fleet.shard import Shard, ShardResult
+from edge.fleet.stock import Stock, StockWorkload
 from edge.fleet.workload import EchoWorkload, Workload
 
 _PROGRESS_S = 0.5
+_SPARE_DESCRIPTORS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +52,37 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What one process has to do."""
+    """What one shard has to do.
+
+    Attributes:
+        config: the run.
+        target: the cloud.
+        number: which shard.
+        shards: of how many.
+        shelf: what to send, where that was prepared.
+    """
 
     config: FleetConfig
     target: Target
     number: int
     shards: int
+    shelf: Shelf | None = None
+
+
+class Line(Protocol):
+    """The way to the parent and back; a pipe's end is one."""
+
+    def recv(self) -> Any:
+        """Wait for the parent's next word.
+
+        Raises:
+            EOFError, OSError: the parent is gone.
+        """
+        ...
+
+    def send(self, word: Any) -> None:
+        """Tell the parent something."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +110,41 @@ def main(connection: Connection, task: Task) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     with contextlib.suppress(BrokenPipeError):  # the parent is gone: nobody to tell
         try:
-            raise_descriptor_limit()
-            result = _run(_serve(connection, task))
+            stock = None if task.shelf is None else task.shelf.stock()
         except DataMixError as error:
             connection.send(Failure(str(error), error.status))
-        except Exception:
-            connection.send(Failure(traceback.format_exc(limit=-4), 0))
         else:
-            connection.send(result)
+            connection.send(work(connection, task, stock))
 
 
-def _run(main: Coroutine[Any, Any, Any]) -> Any:
+def work(line: Line, task: Task, stock: Stock | None) -> ShardResult | Failure:
+    """Run one shard to its end in this thread; its last word is what is returned."""
+    try:
+        check_descriptors(task.config)
+        return _run(_serve(line, task, stock))
+    except DataMixError as error:
+        return Failure(str(error), error.status)
+    except Exception:
+        return Failure(traceback.format_exc(limit=-4), 0)
+
+
+def check_descriptors(config: FleetConfig) -> None:
+    """Raise the limit of open files as far as allowed.
+
+    Raises:
+        ConfigError: that is not as far as a shard needs it.
+    """
+    needed = -(-config.devices // config.processes) + _SPARE_DESCRIPTORS
+    allowed = raise_descriptor_limit()
+    if needed > allowed:
+        raise ConfigError(
+            f"a process may open {allowed} files here and needs {needed} for its devices: raise "
+            f"the hard limit (ulimit -Hn) or use at least "
+            f"{math.ceil(config.devices / max(1, allowed - _SPARE_DESCRIPTORS))} processes"
+        )
+
+
+def _run(main: Coroutine[Any, Any, ShardResult]) -> ShardResult:
     """Run on uvloop where there is one (Linux), else on asyncio."""
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     if sys.platform == "linux":
@@ -102,13 +155,13 @@ def _run(main: Coroutine[Any, Any, Any]) -> Any:
         return runner.run(main)
 
 
-async def _serve(connection: Connection, task: Task) -> Any:
+async def _serve(connection: Line, task: Task, stock: Stock | None) -> ShardResult:
     config = task.config
     whole = config.schedule()
     mine = whole.shard(task.number, task.shards)
     # Of a closed loop nobody knows how many inferences it will have.
     offline = _offline(config, len(mine) if whole.closed is None else config.masks_ahead)
-    workload = load(config, task.target, whole.distinct, offline)
+    workload = load(config, task.target, whole.distinct, stock, offline)
     shard = Shard(
         config, task.target.model, mine, workload, task.number, task.shards, offline=offline
     )
@@ -159,9 +212,15 @@ def _offline(config: FleetConfig, groups: int) -> Offline | None:
 
 
 def load(
-    config: FleetConfig, target: Target, inferences: int, offline: Offline | None = None
+    config: FleetConfig,
+    target: Target,
+    inferences: int,
+    stock: Stock | None = None,
+    offline: Offline | None = None,
 ) -> Workload:
     """Make the workload of a process."""
+    if stock is not None:
+        return StockWorkload(stock, config.verify)
     if config.workload == "echo":
         return EchoWorkload(target.input_shapes[0], config.rows, config.seed, config.verify)
     from edge.fleet.inputs import bundle_workload

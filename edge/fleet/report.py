@@ -149,6 +149,8 @@ class Summary:
         accuracy_local: the same inputs, computed locally.
         accuracy_edge_only: of a network that never uses the cloud, as the bundle says.
         series: the run second by second; not in the JSON.
+        start_error_s: by how much the shards' common start may differ, where they are on several
+            machines; 0 on one.
     """
 
     valid: bool
@@ -224,6 +226,7 @@ class Summary:
     accuracy_local: float | None
     accuracy_edge_only: float | None
     series: Series = field(repr=False)
+    start_error_s: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the series, ready for JSON."""

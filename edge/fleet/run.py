@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-import multiprocessing
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from datamix.errors import ConfigError, DataMixError, Unavailable, from_status
-from datamix.limits import raise_descriptor_limit
 from edge.fleet import result
 from edge.fleet.config import FleetConfig
+from edge.fleet.crew import Crew, Launch, Lost
 from edge.fleet.offline import OfflineTraffic
-from edge.fleet.process import Failure, Ready, Target, Task, main
+from edge.fleet.prepare import prepare
+from edge.fleet.process import Failure, Ready, Target
+from edge.fleet.processes import processes
 from edge.fleet.report import Run, Summary, percentiles, summarise
 from edge.fleet.settled import Merge, Watch
 from edge.fleet.shard import Counters, Progress, ShardResult
@@ -33,7 +28,6 @@ from edge.fleet.terms import agree
 _HEADROOM_S = 0.3  # from "all are ready" to the first arrival, so that every shard has heard it
 _PATIENCE_S = 30.0  # beyond the last deadline, before a silent shard is taken for dead
 _PREPARE_S = 300.0  # reading the bundle and computing what is right
-_SPARE_DESCRIPTORS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +70,30 @@ class FleetProgress:
 OnProgress = Callable[[FleetProgress], None]
 
 
-def simulate(config: FleetConfig, on_progress: OnProgress | None = None) -> Summary:
+def simulate(
+    config: FleetConfig, on_progress: OnProgress | None = None, launch: Launch = processes
+) -> Summary:
     """Run the fleet against a cloud and say what it saw; see :func:`record`."""
-    return summarise(record(config, on_progress))
+    return record(config, on_progress, launch)[1]
 
 
 def record(
-    config: FleetConfig, on_progress: OnProgress | None = None, watch: Watch | None = None
-) -> Run:
-    """Run the fleet against a cloud and keep all that was recorded.
+    config: FleetConfig,
+    on_progress: OnProgress | None = None,
+    launch: Launch = processes,
+    watch: Watch | None = None,
+) -> tuple[Run, Summary]:
+    """Run the fleet against a cloud; all that was recorded, and what it says.
 
-    Ctrl-C ends the run early: the record then covers what was done. So does ``watch``, which sees
-    the inferences as they end, once that is enough for it. No process stays behind.
+    Ctrl-C ends the run early: record and summary then cover what was done. So does ``watch``, once
+    that is enough for it. So does the loss of a shard: the others are stopped, and the summary of
+    what they did is not valid. No process stays behind.
+
+    Args:
+        config: the run.
+        on_progress: called about once a second.
+        launch: where the shards are at work; by default in processes of this machine.
+        watch: sees the inferences as they end, in the order they were due.
 
     Raises:
         ConfigError: the settings don't fit the cloud, the bundle or this machine, or the two ends
@@ -95,12 +101,17 @@ def record(
         Unavailable: nobody answers, or not every device got its stream.
         DataMixError: what the cloud or a bundle had to say.
     """
-    check_descriptors(config)
     terms = agree(config)
     target = discover(config)
     rounds, rows = _shape(config, target)
-    sampler = Sampler(config.base_url, config.access)
-    with _shards(config, target) as fleet:
+    sampler = Sampler(*config.base_urls, access=config.access)
+    with contextlib.ExitStack() as stack:
+        shelf = None
+        if config.precompute:
+            shelf = prepare(config)
+            stack.enter_context(shelf.memory)
+        crew = stack.enter_context(launch(config, target, shelf))
+        fleet = _Fleet(config, crew)
         fleet.wait_ready(on_progress)
         sampler.start()
         try:
@@ -108,12 +119,11 @@ def record(
             interrupted = fleet.follow(start_s, sampler, on_progress, watch)
         finally:
             samples = sampler.stop()
-        results = fleet.results
-    longest = max(len(part.answered) for part in results)
-    answered = np.zeros((longest, 2), np.int64)
-    for part in results:
-        answered[: len(part.answered)] += part.answered
-    return Run(
+        results, lost = fleet.results, fleet.lost
+    if not results:
+        raise Unavailable(f"every shard of the fleet was lost: {_losses(lost, crew.size)}")
+    whole = merged(results)
+    run = Run(
         config=config,
         model=target.model,
         mode="echo" if terms is None else terms.promise.mode,
@@ -121,9 +131,9 @@ def record(
         offline=_add_offline([part.offline for part in results if part.offline is not None]),
         rounds=rounds,
         group_size=rows,
-        table=result.merge([part.table for part in results]),
-        answered=answered,
-        counters=_add([part.counters for part in results]),
+        table=whole.table,
+        answered=whole.answered,
+        counters=whole.counters,
         cpu_s=[part.cpu_s for part in results],
         busy_ratios=[part.busy_ratio for part in results],
         window_s=max(part.window_s for part in results),
@@ -132,6 +142,38 @@ def record(
         start_s=start_s,
         samples=samples,
     )
+    summary = dataclasses.replace(summarise(run), start_error_s=crew.start_error_s)
+    if config.precompute:  # nothing was classified
+        summary = dataclasses.replace(
+            summary, stem="precomputed", accuracy_cloud=None, accuracy_local=None
+        )
+    if lost:
+        summary = dataclasses.replace(summary, valid=False, invalid_reason=_losses(lost, crew.size))
+    return run, summary
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What all shards brought back, as one would have.
+
+    Attributes:
+        table: a row per inference that fell due, in the order of the whole fleet's schedule.
+        answered: (seconds, 2) messages and rows answered in each second after the start.
+        counters: totals.
+    """
+
+    table: result.Table
+    answered: npt.NDArray[np.int64]
+    counters: dict[str, int]
+
+
+def merged(parts: Sequence[ShardResult]) -> Merged:
+    """Put the shards' results together, whatever order they came in; nothing is rounded."""
+    answered = np.zeros((max(len(part.answered) for part in parts), 2), np.int64)
+    for part in parts:
+        answered[: len(part.answered)] += part.answered
+    table = result.merge([part.table for part in parts])
+    return Merged(table, answered, _add([part.counters for part in parts]))
 
 
 def discover(config: FleetConfig) -> Target:
@@ -170,18 +212,6 @@ def discover(config: FleetConfig) -> Target:
     return Target(model, engine, shapes)
 
 
-def check_descriptors(config: FleetConfig) -> None:
-    """Raise the limit of open files as far as allowed; refuse if a process needs more."""
-    needed = -(-config.devices // config.processes) + _SPARE_DESCRIPTORS
-    allowed = raise_descriptor_limit()
-    if needed > allowed:
-        raise ConfigError(
-            f"a process may open {allowed} files here and needs {needed} for its devices: raise "
-            f"the hard limit (ulimit -Hn) or use at least "
-            f"{math.ceil(config.devices / max(1, allowed - _SPARE_DESCRIPTORS))} processes"
-        )
-
-
 def _shape(config: FleetConfig, target: Target) -> tuple[int, int]:
     """Requests per inference and rows per request."""
     if config.workload == "echo" or config.bundle is None:
@@ -202,6 +232,15 @@ def _add(parts: list[Counters]) -> dict[str, int]:
     return {name: sum(getattr(part, name) for part in parts) for name in names}
 
 
+def _losses(lost: list[Lost], shards: int) -> str:
+    first = lost[0]
+    others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    return (
+        f"shard {first.shard} of {shards}{others} was lost ({first.reason}): what its devices did "
+        "is missing, and the others were stopped"
+    )
+
+
 def _add_offline(parts: list[OfflineTraffic]) -> OfflineTraffic | None:
     names = [item.name for item in dataclasses.fields(OfflineTraffic)]
     sums = {name: sum(getattr(part, name) for part in parts) for name in names}
@@ -209,12 +248,13 @@ def _add_offline(parts: list[OfflineTraffic]) -> OfflineTraffic | None:
 
 
 class _Fleet:
-    """The shard processes of one run, seen from their parent."""
+    """The shards of one run, seen from their parent."""
 
-    def __init__(self, config: FleetConfig, processes: dict[Connection, SpawnProcess]) -> None:
+    def __init__(self, config: FleetConfig, crew: Crew) -> None:
         self.config = config
         self.results: list[ShardResult] = []
-        self._processes = processes
+        self.lost: list[Lost] = []
+        self._crew = crew
         self._ready = 0
         self._latest: dict[int, Progress] = {}
         self._latencies_s: list[float] = []
@@ -228,16 +268,18 @@ class _Fleet:
     def wait_ready(self, on_progress: OnProgress | None) -> None:
         """Wait until every device has its stream."""
         deadline_s = time.monotonic() + _PREPARE_S + self.config.connect_timeout_s
-        while self._ready < len(self._processes):
+        while self._ready < self._crew.size:
             self._hear(0.5, deadline_s)
+            if self.lost:
+                raise Unavailable(
+                    f"shard {self.lost[0].shard} of {self._crew.size} was lost before the run "
+                    f"began ({self.lost[0].reason})"
+                )
             self._show("connecting", None, on_progress)
 
     def start(self) -> float:
         """Tell every shard the common start; return it."""
-        start_s = time.monotonic() + _HEADROOM_S
-        for connection in self._processes:
-            connection.send(start_s)
-        return start_s
+        return self._crew.start(_HEADROOM_S)
 
     def follow(
         self,
@@ -249,60 +291,44 @@ class _Fleet:
         """Wait for the results; return whether Ctrl-C cut the run short."""
         config, self._watch = self.config, watch
         length_s = config.duration_s + config.timeout_s
-        interrupted = False
+        interrupted = stopped = False
         deadline_s = start_s + length_s + _PATIENCE_S
-        while len(self.results) < len(self._processes):
+        while len(self.results) + len(self.lost) < self._crew.size:
             try:
                 self._hear(0.25, deadline_s)
                 draining = time.monotonic() - start_s > config.duration_s
                 phase = "draining" if draining else "running"
                 self._show(phase, sampler, on_progress)
-                if self._enough:
-                    self._enough, self._watch = False, None
-                    deadline_s = self._stop()
             except KeyboardInterrupt:
                 if interrupted:
                     raise
                 interrupted = True
-                deadline_s = self._stop()
+            if (interrupted or self.lost or self._enough) and not stopped:
+                stopped = True
+                deadline_s = time.monotonic() + _PATIENCE_S
+                self._crew.stop()
         return interrupted
-
-    def _stop(self) -> float:
-        """Tell every shard to end; until when it may take."""
-        for connection in self._processes:
-            with contextlib.suppress(OSError):  # that shard is done already
-                connection.send(None)
-        return time.monotonic() + _PATIENCE_S
 
     def _hear(self, timeout_s: float, deadline_s: float) -> None:
         """Take what the shards say; raise what they could not cope with."""
         if time.monotonic() > deadline_s:
             raise Unavailable("a shard of the fleet fell silent, expected its result")
-        for connection in wait([c for c in self._processes if not c.closed], timeout_s):
-            assert isinstance(connection, Connection)
-            try:
-                word: Any = connection.recv()
-            except EOFError as error:
-                code = self._exit_code(connection)
-                raise RuntimeError(f"a shard of the fleet died with exit code {code}") from error
-            if isinstance(word, Progress):
-                self._latest[word.shard] = word
-                self._latencies_s += word.latencies_s
-                news = self._merge.add(word.shard, word.settled)
-                if self._watch is not None and news is not None:
-                    self._enough |= self._watch(news)
-            elif isinstance(word, Ready):
-                self._ready += 1
-            elif isinstance(word, ShardResult):
-                self.results.append(word)
-                connection.close()
-            elif isinstance(word, Failure):
-                raise _error(word)
-
-    def _exit_code(self, connection: Connection) -> int | None:
-        process = self._processes[connection]
-        process.join(1)
-        return process.exitcode
+        for word in self._crew.hear(timeout_s):
+            match word:
+                case Progress():
+                    self._latest[word.shard] = word
+                    self._latencies_s += word.latencies_s
+                    news = self._merge.add(word.shard, word.settled)
+                    if self._watch is not None and news is not None and not self._enough:
+                        self._enough = self._watch(news)
+                case Ready():
+                    self._ready += 1
+                case ShardResult():
+                    self.results.append(word)
+                case Lost():
+                    self.lost.append(word)
+                case Failure():
+                    raise _error(word)
 
     def _show(self, phase: str, sampler: Sampler | None, on_progress: OnProgress | None) -> None:
         """Report progress about once a second."""
@@ -339,58 +365,6 @@ class _Fleet:
         )
         self._shown_s, self._shown_elapsed_s, self._shown = now, elapsed_s, counters
         self._latencies_s.clear()
-
-
-@contextlib.contextmanager
-def _shards(config: FleetConfig, target: Target) -> Iterator[_Fleet]:
-    """Start the shard processes; on leaving, whatever the reason, none of them is alive."""
-    # Spawned, not forked: a fork would copy locks and threads of a parent that may run anything.
-    context = multiprocessing.get_context("spawn")
-    processes: dict[Connection, SpawnProcess] = {}
-    try:
-        with _quiet_children():
-            for number in range(config.processes):
-                ours, theirs = context.Pipe()
-                task = Task(config, target, number, config.processes)
-                process = context.Process(
-                    target=main, args=(theirs, task), name=f"fleet-{number}", daemon=True
-                )
-                process.start()
-                theirs.close()
-                processes[ours] = process
-        yield _Fleet(config, processes)
-    finally:
-        for connection in processes:
-            connection.close()  # the shard's lifeline: it leaves
-        for process in processes.values():
-            process.join(2)
-            if process.is_alive():
-                process.kill()
-                process.join()
-
-
-@contextlib.contextmanager
-def _quiet_children() -> Iterator[None]:
-    """Children started in here don't see Ctrl-C and have one arithmetic thread.
-
-    Ctrl-C goes to every process of the terminal; the parent alone decides what it means. Shards
-    share the cores among themselves already, so a thread pool in each would only fight the others.
-    """
-    # It would be started with the first child, and unblock what is blocked here.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    old = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in old.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _error(failure: Failure) -> Exception:

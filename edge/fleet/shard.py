@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from datamix import wire
 from datamix.errors import AnswerError, DataMixError, TooLarge, WireError, from_status
@@ -39,8 +38,7 @@ from edge.fleet.stages import Stages
 from edge.fleet.streams import Streams
 from edge.fleet.timers import TICK_S, Timers
 from edge.fleet.turns import Turns
-from edge.fleet.workload import Inference, Workload
-from edge.session import Round
+from edge.fleet.workload import Inference, Question, Sealed, Workload
 
 __all__ = ["Counters", "Progress", "Shard", "ShardResult"]
 
@@ -76,7 +74,7 @@ class Shard:
     counters: Counters = field(init=False, default_factory=Counters)
     _devices: list[FleetDevice] = field(init=False)
     _column: dict[str, Any] = field(init=False)
-    _answered: npt.NDArray[np.int64] = field(init=False)
+    _answered: list[list[int]] = field(init=False)
     _flights: dict[str, Flight] = field(init=False, default_factory=dict)
     _deadlines: deque[Flight] = field(init=False, default_factory=deque)
     _latencies_s: list[float] = field(init=False, default_factory=list)
@@ -105,7 +103,7 @@ class Shard:
         self._devices = [FleetDevice(number, self) for number in owned]
         self.table = result.allocate(self.schedule, self.workload.rows)
         self._column = _views(self.table)
-        self._answered = np.zeros((int(config.duration_s + config.timeout_s) + 2, 2), np.int64)
+        self._answered = [[0, 0] for _ in range(int(config.duration_s + config.timeout_s) + 2)]
         self._random = random.Random(config.seed * self.shards + self.number)
         self._timers = Timers(self.clock, self.on_crash)
         self._streams = Streams(
@@ -218,7 +216,7 @@ class Shard:
                 await self.offline.close()
         return ShardResult(
             self._due(),
-            self._answered,
+            np.array(self._answered, np.int64),
             self.counters,
             cpu_s,
             self._busy_ratio,
@@ -374,20 +372,26 @@ class Shard:
         column["lag_s"][position] = self.clock() - due_s
         self._hand_over(flight)
 
-    def _ask(self, flight: Flight, question: Round, at_s: float | None) -> float:
+    def _ask(self, flight: Flight, question: Question, at_s: float | None) -> float:
         """Make a message, at a device's own time where it has one; return what that took."""
         begun_s = self.clock()
-        flight.block = question.block
-        flight.request_id = f"{self._nonce}-{flight.position:x}-{question.block:x}"
+        left_s = flight.deadline_s - (begun_s if at_s is None else at_s)
+        flight.block = block = question.block
+        # Of one width, so that cloud and fleet meet few layouts of messages.
+        flight.request_id = f"{self._nonce}-{flight.position:08x}-{block:x}"
         flight.sent = False
         flight.status = 0
-        flight.message = wire.encode_request(
-            question.features,
-            request_id=flight.request_id,
-            dtype=self.workload.dtype,
-            block=question.block,
-            deadline_s=flight.deadline_s - (begun_s if at_s is None else at_s),
-        )
+        if isinstance(question, Sealed):
+            flight.message = question.seal(flight.request_id, left_s)
+        else:
+            flight.message = wire.encode_request(
+                question.features,
+                request_id=flight.request_id,
+                dtype=self.workload.dtype,
+                block=block,
+                deadline_s=left_s,
+                step=question.step,
+            )
         return self.clock() - begun_s
 
     def _send(self, flight: Flight) -> None:
@@ -523,9 +527,9 @@ class Shard:
         column["compute_s"][position] += response.compute_s
         column["batch_rows"][position] += response.batch_rows
         elapsed_s = self.clock() - self._start_s
-        second = min(int(elapsed_s), len(self._answered) - 1)
-        self._answered[second, 0] += 1
-        self._answered[second, 1] += rows
+        answered = self._answered[min(int(elapsed_s), len(self._answered) - 1)]
+        answered[0] += 1
+        answered[1] += rows
         counters.requests_ok += 1
         if elapsed_s < self._window_s:
             counters.requests_in_window += 1
@@ -643,7 +647,7 @@ class Shard:
         """What really ran in the workload since it was cleared; None where nothing does."""
         return self.workload.stages
 
-    def ask(self, flight: Flight, question: Round, at_s: float) -> float:
+    def ask(self, flight: Flight, question: Question, at_s: float) -> float:
         """Make a message at the device's time ``at_s``; return what that really took."""
         return self._ask(flight, question, at_s)
 

@@ -50,6 +50,11 @@ class TimedMode:
         """Wrap a mode."""
         self._mode, self._stages = mode, stages
 
+    @property
+    def step(self) -> float | None:
+        """See :class:`edge.modes.Mode`."""
+        return self._mode.step
+
     def protect(self, block: int, features: Array) -> tuple[Floats, Secret]:
         """See :class:`edge.modes.Mode`."""
         begun_s = perf_counter()

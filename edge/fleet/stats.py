@@ -103,10 +103,10 @@ class Sampler:
     A cloud without that endpoint gives no samples, and the figures made of them are None.
     """
 
-    def __init__(self, base_url: str, access: Access = _ANYBODY) -> None:
-        """Make a sampler that has not started."""
+    def __init__(self, *base_urls: str, access: Access = _ANYBODY) -> None:
+        """Make a sampler, of one front door or several, that has not started."""
         self.samples: list[Sample] = []
-        self._url = f"{base_url}/v2/stats"
+        self._urls = [f"{base_url}/v2/stats" for base_url in base_urls]
         self._access = access
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stats", daemon=True)
@@ -124,20 +124,21 @@ class Sampler:
         return self.samples
 
     def read(self) -> None:
-        """Read one sample; a cloud that gives none is not an error here."""
-        try:
-            body = fetch(self._url, self._access, timeout_s=2.0)
-            sample = Sample(
-                time.monotonic(),
-                str(body["replica"]),
-                float(body["engine_busy_s"]),
-                float(body["uptime_s"]),
-                int(body["batches"]),
-                int(body["rows"]),
-            )
-        except (DataMixError, KeyError, TypeError, ValueError):
-            return
-        self.samples.append(sample)
+        """Read one sample from each door; a cloud that gives none is not an error here."""
+        for url in self._urls:
+            try:
+                body = fetch(url, self._access, timeout_s=2.0)
+                sample = Sample(
+                    time.monotonic(),
+                    str(body["replica"]),
+                    float(body["engine_busy_s"]),
+                    float(body["uptime_s"]),
+                    int(body["batches"]),
+                    int(body["rows"]),
+                )
+            except (DataMixError, KeyError, TypeError, ValueError):
+                continue
+            self.samples.append(sample)
 
     def _run(self) -> None:
         while not self._stop.wait(_PERIOD_S):

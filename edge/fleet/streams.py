@@ -55,7 +55,7 @@ class Streams:
         self.connected = 0
         self.closing = False
         self._config = config
-        self._url = config.stream_url(model)
+        self._model = model
         self._devices = devices
         self._counters = counters
         self._timers = timers
@@ -165,7 +165,7 @@ class Streams:
         try:
             await ws_connect(
                 lambda: device,
-                self._url,
+                self._config.stream_url(self._model, device.number),
                 ssl_context=self._ssl,
                 extra_headers=self._headers,
                 logger_name=_quiet,

@@ -47,9 +47,9 @@ class MatchedFilter:
         if mixed:
             common = backgrounds(observation, self.background, budget.rng())
             items = [discount(x, y, sigma=sigma) for x, y in zip(items, common, strict=True)]
-        scores = []
+        scores: list[Array] = []
         for group in groups:
-            if budget.expired():
+            if scores and budget.expired():
                 break
             total: Array = np.zeros(1)
             for index, sent in enumerate(group.rounds):

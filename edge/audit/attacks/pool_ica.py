@@ -48,7 +48,7 @@ class PoolIca:
         )
         scores: list[Array] = []
         for start in range(0, len(groups), self.pooled):
-            if budget.expired():
+            if scores and budget.expired():
                 break
             pool = groups[start : start + self.pooled]
             rows = np.concatenate([group.rounds[0] for group in pool])

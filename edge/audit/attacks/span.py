@@ -46,9 +46,9 @@ class Span:
         common: tuple[Background, ...] = ()
         if observation.mode != "mix":
             common = backgrounds(observation, self.background, budget.rng())
-        scores = []
+        scores: list[Array] = []
         for group in groups:
-            if budget.expired():
+            if scores and budget.expired():
                 break
             total = np.zeros(len(public.gallery))
             for index, sent in enumerate(group.rounds):
