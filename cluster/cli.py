@@ -25,6 +25,7 @@ from cluster.costs_cli import costs
 from cluster.device_cli import profile_device
 from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
+from cluster.report_cli import compare, report
 from cluster.search_cli import as_search, search
 from cluster.training_cli import add_training
 from datamix.errors import ConfigError, DataMixError
@@ -43,9 +44,11 @@ app = typer.Typer(
 app.add_typer(models, name="models")
 app.command()(audit)
 app.command()(capacity)
+app.command()(compare)
 app.command()(costs)
 app.command()(ledger)
 app.command("profile-device")(profile_device)
+app.command()(report)
 app.command()(scenario)
 app.command()(search)
 add_training(app)
@@ -452,6 +455,15 @@ def simulate(
     verify: Annotated[bool, typer.Option(help="Compare every answer with the local one.")] = True,
     timeout: Annotated[float, typer.Option(help="Seconds until an inference has failed.")] = 10,
     rows: Annotated[int, typer.Option(help="Rows per message of the echo workload.")] = 4,
+    warm_up: Annotated[
+        float, typer.Option(help="Inferences due in the first so many seconds are in no latency.")
+    ] = 0,
+    slo: Annotated[
+        float | None, typer.Option(help="Seconds up to which a right answer is of use (goodput).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the run's record, written as it goes.")
+    ] = None,
     precompute: Annotated[
         int,
         typer.Option(help="Mix so many groups once and repeat them, as no device would; 0: never."),
@@ -513,6 +525,9 @@ def simulate(
             verify=verify,
             timeout_s=timeout,
             rows=rows,
+            warm_up_s=warm_up,
+            slo_s=slo,
+            out=None if out is None else str(out.absolute()),
             precompute=precompute,
             token=_token(token_file),
             ca_file=None if ca_file is None else str(ca_file),

@@ -12,10 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.fleet import pacing, report, result
+from datamix.errors import ConfigError
+from edge.fleet import pacing, quantiles, report, result
 from edge.fleet.config import FleetConfig
+from edge.fleet.profiles import Profile
 from edge.fleet.report import Run, summarise
 from edge.fleet.stats import Sample, use
+from edge.fleet.waterfall import PARTS
 
 COUNTERS = {
     "requests_sent": 0,
@@ -153,28 +156,29 @@ def test_giving_up_never_makes_a_percentile_better() -> None:
     [
         (0, []),
         (1, []),
-        (2, ["p50"]),
-        (9, ["p50"]),
-        (10, ["p50", "p90"]),
-        (99, ["p50", "p90"]),
-        (100, ["p50", "p90", "p99"]),
-        (999, ["p50", "p90", "p99"]),
-        (1000, ["p50", "p90", "p99", "p999"]),
+        (5, []),
+        (6, ["p50"]),
+        (35, ["p50"]),
+        (36, ["p50", "p90"]),
+        (367, ["p50", "p90"]),
+        (368, ["p50", "p90", "p99"]),
+        (3687, ["p50", "p90", "p99"]),
+        (3688, ["p50", "p90", "p99", "p999"]),
     ],
 )
 def test_too_few_samples_give_no_percentile(count: int, known: list[str]) -> None:
     figures = report.percentiles(np.arange(count, dtype=np.float64))
-    assert [name for name in report.QUANTILES if figures[name] is not None] == known
+    assert [name for name in quantiles.QUANTILES if figures[name] is not None] == known
 
 
-@given(st.integers(1000, 1200), st.integers(0, 99), st.sampled_from([3, 1000, 10**6]))
+@given(st.integers(3688, 3900), st.integers(0, 99), st.sampled_from([3, 1000, 10**6]))
 @settings(max_examples=20, deadline=None)
 def test_percentiles_are_observed_values_that_cover_their_share(
     count: int, seed: int, distinct: int
 ) -> None:
     values = np.random.default_rng(seed).integers(0, distinct, count).astype(float).tolist()
     figures = report.percentiles(np.array(values))
-    for name, q in report.QUANTILES.items():
+    for name, q in quantiles.QUANTILES.items():
         bound = figures[name]
         assert bound in values and bound is not None
         assert sum(value <= bound for value in values) >= q * len(values)
@@ -278,3 +282,108 @@ def test_replicas_are_kept_apart() -> None:
     assert use(samples).busy_ratio == pytest.approx(6 / 20)
     assert use(samples).batch_rows_mean == pytest.approx(140 / 20)
     assert use(samples[:2]).busy_ratio is None
+
+
+def test_a_warm_up_is_counted_and_in_no_latency() -> None:
+    run = make_run()
+    first = run.table[:200]  # all that fell due in the first two seconds
+    first["done_s"] += 5
+    first["queue_s"] = 5
+    first["status"][0] = 503
+    cold = summarise(replace(run, config=replace(run.config, warm_up_s=2.0)))
+    assert cold.warm_up_inferences == 200 and cold.latency_samples == 800
+    assert cold.inferences == 1000 and cold.ok == 999 and cold.failed == {"503": 1}
+    assert cold.latency_s["max"] == pytest.approx(0.02)
+    assert cold.latency_from_send_s["max"] == pytest.approx(0.019)
+    assert cold.queue_s == pytest.approx(0.003)
+    assert cold.waterfall_s is not None and cold.waterfall_s["queue_s"] == pytest.approx(0.003)
+    assert max(latency_s for _, latency_s in cold.series.latencies_s) == pytest.approx(0.02)
+    assert max(cold.series.p50_s) > 5  # over time it is shown
+    whole = summarise(run)
+    assert whole.latency_s["max"] == pytest.approx(5.02)
+    same = ("ok", "failed", "throughput", "offered_rate", "inferences_per_s", "generator_lag_s")
+    assert [getattr(cold, name) for name in same] == [getattr(whole, name) for name in same]
+
+
+def test_offered_retried_and_goodput_are_three_figures() -> None:
+    run = make_run()
+    run.table["done_s"][::4] += 1  # too late to be of use
+    run.table["status"][1] = result.WRONG
+    run.table["retries"][2:52] = 1
+    counters = {**run.counters, "retries": 50}
+    tight = replace(run, config=replace(run.config, slo_s=0.1), counters=counters)
+    summary = summarise(tight)
+    assert summary.offered_rate == 100 and summary.retried_rate == 5
+    assert summary.within_slo == 749 and summary.ok == 999
+    assert summary.goodput_inferences_per_s == pytest.approx(74.9, abs=0.3)
+    assert summary.inferences_per_s > 95
+    free = summarise(run)
+    assert free.within_slo is None and free.goodput_inferences_per_s == free.inferences_per_s
+    assert sum(summary.series.retried) == 50
+    assert summary.series.failures == {"wrong": [0.0 if s else 1.0 for s in range(10)]}
+
+
+def test_a_waterfall_adds_up_to_the_latency() -> None:
+    run = make_run()
+    for number, part in enumerate(PARTS):
+        run.table[part] = number / 10_000
+    run.table["done_s"][990:] += 1
+    run.table["status"][5] = 503
+    summary = summarise(run)
+    mean, tail = summary.waterfall_s, summary.waterfall_slowest_s
+    assert mean is not None and tail is not None
+    assert list(mean) == [*PARTS, "rest_s"]
+    assert sum(mean.values()) == pytest.approx(0.02 + 10 / 999)
+    assert mean["head_s"] == pytest.approx(8e-4) and tail["head_s"] == pytest.approx(8e-4)
+    assert sum(tail.values()) == pytest.approx(1.02)  # the slowest ten
+    run.table["status"] = 503
+    assert summarise(run).waterfall_s is None
+
+
+def test_devices_by_profile() -> None:
+    run = make_run()
+    run.table["profile"] = run.table["device"] % 2
+    run.table["done_s"] += run.table["profile"] * 0.5
+    run.table["status"][np.flatnonzero(run.table["profile"])[0]] = 503
+    phone, other = summarise(
+        replace(run, config=replace(run.config, profiles=(Profile("phone"),)))
+    ).by_profile
+    assert (phone["profile"], other["profile"]) == ("phone", "profile 1")
+    assert phone["inferences"] + other["inferences"] == 1000
+    assert phone["devices"] + other["devices"] == len(np.unique(run.table["device"]))
+    assert other["ok"] == other["inferences"] - 1
+    assert phone["latency_s"]["p90"] == pytest.approx(0.02)
+    assert other["latency_s"]["p50"] == pytest.approx(0.52)
+
+
+def test_a_run_that_was_killed_is_not_valid() -> None:
+    summary = summarise(replace(make_run(), lost=7))
+    assert summary.exit_code == 3 and "7 inferences" in str(summary.invalid_reason)
+
+
+@pytest.mark.parametrize(("seconds", "width"), [(600, 1), (601, 2), (3000, 5)])
+def test_a_long_run_has_wider_bins_and_loses_nothing(seconds: int, width: int) -> None:
+    run = make_run(rate=2, duration_s=seconds)
+    found = summarise(run).series
+    assert found.width_s == width and len(found.second) == -(-seconds // width)
+    widths = np.clip(seconds - np.array(found.second), 0, width)
+    assert float(np.dot(found.offered, widths)) == pytest.approx(len(run.table))
+    assert float(np.dot(found.answered, widths)) == pytest.approx(len(run.table))
+    assert found.p50_s == pytest.approx([0.02] * len(found.second))
+
+
+def test_batches_have_a_histogram() -> None:
+    run = make_run()
+    run.table["batch_rows"][:250] = 200
+    bins = summarise(run).series.batches
+    assert sum(share for _, _, share in bins) == pytest.approx(1)
+    assert [share for low, high, share in bins if low <= 200 < high] == [0.25]
+    json.dumps(summarise(replace(run, samples=[])).series.as_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"warm_up_s": -1}, {"warm_up_s": 10}, {"warm_up_s": math.nan}, {"slo_s": 0}]
+)
+def test_a_warm_up_or_slo_that_means_nothing_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        FleetConfig(url="http://cloud", workload="echo", duration_s=10, **settings)

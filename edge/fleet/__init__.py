@@ -28,11 +28,23 @@ crew.py       what the parent sees of its shards
 processes.py  a crew of spawned processes
 result.py     one row per inference, in one array
 stats.py      the cloud's own figures, read before, during and after
+quantiles.py  percentiles with their intervals, or none
+series.py     a run cut into seconds
+waterfall.py  where an inference's time went
+summary.py    the figures of a run, and what each means
 report.py     all rows -> one Summary
 run.py        starts the shards, merges their rows
+store.py      rows on disk: a stream while the run goes, Parquet at its end
+recorder.py   the folder of a run
+saved.py      a folder -> the run again, whole or cut off
+compare.py    two runs: better, worse, no difference seen
 view.py       the live view in a terminal, and the figures as text
+drawing.py    plots as SVG that a page can colour
+plots.py      the plots of a run
+load_plots.py the plots of several runs against their load
 page.py       the report as one HTML file
 command.py    ``datamix simulate``
+reporting.py  ``datamix report`` and ``datamix compare``
 threshold.py  gates on a run's figures, for its exit code
 
 settled.py    what has ended while a run goes on, in the order it was due

@@ -31,7 +31,7 @@ from edge.fleet.config import FleetConfig
 from edge.fleet.process import load
 from edge.fleet.run import discover
 from edge.fleet.terms import ECHO, agree
-from edge.fleet.workload import Workload
+from edge.fleet.workload import Question, Sealed, Workload
 from edge.promises import sentence
 
 _PAUSE_S = 0.05  # after a failure: a cloud that refuses is not asked as fast as it can refuse
@@ -249,13 +249,8 @@ class _Loop:
         inference = self._workload.start(index % _INPUTS)
         question = next(inference)
         while True:
-            request_id = f"{self._nonce}-{index:x}-{question.block:x}"
-            message = wire.encode_request(
-                question.features,
-                request_id=request_id,
-                block=question.block,
-                deadline_s=self._config.timeout_s,
-            )
+            request_id = f"{self._nonce}-{index:08x}-{question.block:x}"
+            message = self._encode(question, request_id)
             response = await stream.ask(message, request_id)
             if response.status != result.OK:
                 return str(response.status)
@@ -265,6 +260,19 @@ class _Loop:
                 question = inference.send(response)
             except StopIteration as end:
                 return "wrong" if end.value.wrong else None
+
+    def _encode(self, question: Question, request_id: str) -> bytes:
+        deadline_s = self._config.timeout_s
+        if isinstance(question, Sealed):
+            return question.seal(request_id, deadline_s)
+        return wire.encode_request(
+            question.features,
+            request_id=request_id,
+            dtype=self._workload.dtype,
+            block=question.block,
+            deadline_s=deadline_s,
+            step=question.step,
+        )
 
 
 @contextmanager

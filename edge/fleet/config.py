@@ -60,6 +60,9 @@ class FleetConfig:
         storms: moments at which devices lose their stream and come back at once.
         slow_readers: devices that let answers pile up; None for none.
         cancel: inferences that devices give up of their own accord; None for none.
+        warm_up_s: inferences due before it are in no latency figure; they count everywhere else.
+        slo_s: the latency from the schedule up to which a right answer is of use; None for any.
+        out: new folder for the run's record, written as it goes; None for none.
     """
 
     url: str
@@ -94,6 +97,9 @@ class FleetConfig:
     storms: tuple[Storm, ...] = ()
     slow_readers: SlowReaders | None = None
     cancel: Cancellations | None = None
+    warm_up_s: float = 0.0
+    slo_s: float | None = None
+    out: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot mean anything."""
@@ -131,6 +137,13 @@ class FleetConfig:
         if self.profiles and abs(sum(profile.share for profile in self.profiles) - 1) > 1e-6:
             raise ConfigError("the profiles' shares don't add up to 1, expected that they do")
         arrivals.parse(self.pacer)
+        if not 0 <= self.warm_up_s < self.duration_s:
+            raise ConfigError(
+                f"warm_up_s is {self.warm_up_s}, expected at least 0 and less than duration_s, "
+                f"{self.duration_s}"
+            )
+        if self.slo_s is not None and not 0 < self.slo_s < float("inf"):
+            raise ConfigError(f"slo_s is {self.slo_s}, expected a positive number")
         self.access.context(self.url)
         if self.second is not None:
             self.second_access.context(self.second)

@@ -1,40 +1,74 @@
-"""The report of a run as one HTML file that needs nothing else, not even a network.
+"""The report of one run or of many as one HTML file that needs nothing else, not even a network.
 
-Plots are inline SVG. Lines differ by dash and label and not by colour alone (the colours are Okabe
-and Ito's, which colour-blind people can tell apart), so the page survives a black-and-white print.
+Each plot has its numbers as a table behind it and a sentence for those who do not see it. The page
+follows the reader's choice of light or dark and is as wide as the screen.
 """
 
 from __future__ import annotations
 
-import html
-import io
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from edge.fleet.report import Series, Summary
-from edge.fleet.view import rows
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-_BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
+from datamix.errors import ConfigError
+from edge.fleet.drawing import Plot
+from edge.fleet.load_plots import load_plots
+from edge.fleet.plots import run_plots
+from edge.fleet.report import Summary
+from edge.fleet.series import Series
+from edge.fleet.view import overview, rows
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 2rem auto;
-       max-width: 64rem; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-bottom: .3rem; }
-.verdict { border-left: .4rem solid #111; padding: .5rem 1rem; font-weight: 600; }
-.note { border: 1px solid #111; padding: .5rem 1rem; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; }
-figure { margin: 0; } figcaption { font-size: .9rem; color: #333; }
-svg { width: 100%; height: auto; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #bbb;
-         vertical-align: top; }
-th { font-weight: 600; white-space: nowrap; }
+:root { color-scheme: light dark; --ink: #111; --paper: #fff; --soft: #444; --line: #bbb;
+  --faint: #ddd; --shade: #eee; --blue: #0072b2; --orange: #d55e00; --green: #009e73;
+  --purple: #a8507f; }
+@media (prefers-color-scheme: dark) { :root { --ink: #eee; --paper: #16181c; --soft: #bbb;
+  --line: #555; --faint: #3a3d42; --shade: #24272c; --blue: #56b4e9; --orange: #f59b3d;
+  --green: #4fd1a5; --purple: #e6a3c8; } }
+@media print { :root { --ink: #000; --paper: #fff; --soft: #222; --line: #888; --faint: #ccc;
+  --shade: #eee; --blue: #0072b2; --orange: #d55e00; --green: #009e73; --purple: #a8507f; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.3rem; margin-top: 2.5rem; }
+h3 { font-size: 1.05rem; margin: 0 0 .3rem; }
+a { color: var(--blue); }
+.verdict { border-left: .4rem solid var(--ink); padding: .5rem 1rem; font-weight: 600; }
+.invalid { border-left-style: double; border-left-width: .8rem; }
+.note { border: 1px solid var(--line); padding: .5rem 1rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
+  gap: 2rem 1.5rem; margin: 1.5rem 0; align-items: start; grid-auto-flow: dense; }
+@media (min-width: 52rem) { .tall { grid-row: span 2; } }
+figure { margin: 0; min-width: 0; max-width: 40rem; break-inside: avoid; }
+figcaption { font-size: .9rem; color: var(--soft); }
+svg { width: 100%; height: auto; display: block; } svg text { fill: currentColor; }
+details { font-size: .9rem; margin-top: .3rem; } summary { cursor: pointer; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
+th { font-weight: 600; } .wide td:first-child { white-space: nowrap; }
+.figures td { overflow-wrap: anywhere; } .figures th { width: 14rem; }
+@media (max-width: 34rem) { body { margin: 1rem auto; } .figures th { width: 8rem; } }
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One run of a page.
+
+    Attributes:
+        name: as its heading.
+        summary: the figures, and the run over time.
+        extra: more names and figures, shown first.
+        about: settings, command and machine, shown last.
+    """
+
+    name: str
+    summary: Summary
+    extra: Sequence[tuple[str, str]] = ()
+    about: Sequence[tuple[str, str]] = ()
 
 
 def write_page(
@@ -52,175 +86,118 @@ def write_page(
         series: the run second by second.
         extra: more names and figures, shown first (the demo's accuracy, for one).
         title: of the page.
+
+    Raises:
+        ConfigError: it cannot be written.
     """
-    table = "\n".join(
-        f"<tr><th scope='row'>{html.escape(name)}</th><td>{html.escape(figure)}</td></tr>"
-        for name, figure in [*extra, *rows(summary)]
-    )
-    plots = "\n".join(
-        f"<figure><h2>{html.escape(heading)}</h2>{svg}"
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for heading, svg, caption in _plots(series)
-    )
-    verdict = (
-        "Valid: the generator kept up." if summary.valid else (f"INVALID: {summary.invalid_reason}")
-    )
+    body = _run(Entry("", summary, extra), series, level=2, salt="")
+    _write(path, title, [_privacy([summary]), *body])
+
+
+def write_report(path: str | Path, entries: Sequence[Entry], title: str) -> None:
+    """Write the report of one or more runs: together against their load, then each for itself.
+
+    Raises:
+        ConfigError: there is no run, or the page cannot be written.
+    """
+    if not entries:
+        raise ConfigError("the report got no run, expected at least one")
+    summaries = [entry.summary for entry in entries]
+    parts = [_privacy(summaries)]
+    if len(entries) > 1:
+        head, lines = overview([(entry.name, entry.summary) for entry in entries])
+        links = [
+            f'<a href="#run-{place}">{escape(line[0])}</a>' for place, line in enumerate(lines)
+        ]
+        cells = [[link, *map(escape, line[1:])] for link, line in zip(links, lines, strict=True)]
+        parts += ["<h2>All runs</h2>", _table(head, cells)]
+        parts.append(_figures(load_plots([(entry.name, entry.summary) for entry in entries])))
+    for place, entry in enumerate(entries):
+        parts.append(f'<section id="run-{place}">')
+        if len(entries) > 1:
+            parts.append(f"<h2>{escape(entry.name)}</h2>")
+        parts += _run(entry, entry.summary.series, level=2, salt=f"run {place}")
+        parts.append("</section>")
+    _write(path, title, parts)
+
+
+def _run(entry: Entry, series: Series, level: int, salt: str) -> list[str]:
+    summary = entry.summary
+    valid = "Valid: the generator kept up."
+    verdict = valid if summary.valid else f"INVALID: {summary.invalid_reason}"
+    parts = [
+        f'<p class="verdict{"" if summary.valid else " invalid"}">{escape(verdict)}</p>',
+        _figures(run_plots(summary, series, salt)),
+    ]
+    if not series.failures:
+        parts.append("<p>No inference failed: there are no failures to plot.</p>")
+    if len(summary.by_profile) == 1:
+        only = summary.by_profile[0]
+        parts.append(f"<p>All {only['devices']} devices that were due had one profile.</p>")
+    parts += [f"<h{level}>All figures</h{level}>", _pairs([*entry.extra, *rows(summary)])]
+    if entry.about:
+        parts += [f"<h{level}>Settings and machine</h{level}>", _pairs(entry.about)]
+    return parts
+
+
+def _write(path: str | Path, title: str, parts: Sequence[str]) -> None:
+    body = "\n".join(parts)
+    # Nothing may be fetched and nothing may run, whatever stands in a run's name.
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
     page = f"""<!doctype html>
 <html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title><style>{_STYLE}</style></head>
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{escape(title)}</title><style>{_STYLE}</style></head>
 <body>
-<h1>{html.escape(title)}</h1>
-<p class="verdict">{html.escape(verdict)}</p>
-<p class="note"><strong>Privacy.</strong> {html.escape(summary.privacy)}</p>
-<div class="plots">
-{plots}
-</div>
-<h2>All figures</h2>
-<table>
-{table}
-</table>
+<main>
+<h1>{escape(title)}</h1>
+{body}
+</main>
 </body>
 </html>
 """
-    Path(path).write_text(page, encoding="utf-8")
+    try:
+        Path(path).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _plots(series: Series) -> list[tuple[str, str, str]]:
-    """(heading, SVG, caption) of every plot."""
-    second = [value + 0.5 for value in series.second]
-    plots = [
-        (
-            "Latency over time",
-            _draw(
-                lambda axes: _lines(
-                    axes,
-                    second,
-                    [("p99", _ms(series.p99_s), "--"), ("p50", _ms(series.p50_s), "-")],
-                    "time in s",
-                    "latency in ms",
-                )
-            ),
-            "By the second in which an inference was due; from the scheduled send to the answer.",
-        ),
-        (
-            "How many wait how long",
-            _draw(lambda axes: _distribution(axes, series)),
-            "Share of inferences (vertical) that were done within a latency (horizontal).",
-        ),
-        (
-            "Offered and answered",
-            _draw(
-                lambda axes: _lines(
-                    axes,
-                    second,
-                    [("offered", series.offered, "--"), ("answered", series.answered, "-")],
-                    "time in s",
-                    "requests per s",
-                )
-            ),
-            "Where the lines part, a queue grows.",
-        ),
-    ]
-    if any(map(math.isfinite, series.batch_rows)):
-        plots.append(
-            (
-                "Rows per batch",
-                _draw(
-                    lambda axes: _lines(
-                        axes,
-                        second,
-                        [("rows per batch", series.batch_rows, "-")],
-                        "time in s",
-                        "rows",
-                    )
-                ),
-                "How many mixtures, of whichever devices, the cloud computed at once.",
-            )
-        )
-    if any(map(math.isfinite, series.engine_busy)):
-        busy = [100 * value for value in series.engine_busy]
-        plots.append(
-            (
-                "Engine use",
-                _draw(
-                    lambda axes: _lines(
-                        axes, second, [("engine busy", busy, "-")], "time in s", "% of time"
-                    )
-                ),
-                "Share of each second in which the engine computed.",
-            )
-        )
-    return plots
+def _privacy(summaries: Sequence[Summary]) -> str:
+    notes = dict.fromkeys(escape(summary.privacy) for summary in summaries)
+    return f'<p class="note"><strong>Privacy.</strong> {"<br>".join(notes)}</p>'
 
 
-def _lines(
-    axes: Axes,
-    x: Sequence[float],
-    lines: Sequence[tuple[str, Sequence[float], str]],
-    x_label: str,
-    y_label: str,
-) -> None:
-    """Lines over time from zero, named at their side of the legend."""
-    for (label, values, dash), colour, marker in zip(
-        lines, (_ORANGE, _BLUE, _GREEN), "os^", strict=False
-    ):
-        known = [(a, b) for a, b in zip(x, values, strict=True) if math.isfinite(b)]
-        axes.plot(
-            [a for a, _ in known],
-            [b for _, b in known],
-            dash,
-            color=colour,
-            marker=marker,
-            markersize=3,
-            label=label,
-        )
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    highest = max((b for _, values, _ in lines for b in values if math.isfinite(b)), default=0)
-    axes.set_ylim(0, 1.1 * highest or 1)
-    if len(lines) > 1:
-        axes.legend(frameon=False)
+def _figures(plots: Sequence[Plot]) -> str:
+    return '<div class="plots">\n' + "\n".join(map(_figure, plots)) + "\n</div>"
 
 
-def _distribution(axes: Axes, series: Series) -> None:
-    axes.step(
-        [latency_s * 1e3 for _, latency_s in series.latencies_s],
-        [share * 100 for share, _ in series.latencies_s],
-        where="post",
-        color=_BLUE,
+def _figure(plot: Plot) -> str:
+    numbers = _table(plot.head, [[escape(cell) for cell in row] for row in plot.rows])
+    tall = ' class="tall"' if plot.tall else ""
+    return (
+        f"<figure{tall}><h3>{escape(plot.heading)}</h3>{plot.svg}"
+        f"<figcaption>{escape(plot.caption)}</figcaption>"
+        f"<details><summary>Numbers of “{escape(plot.heading)}”</summary>{numbers}</details>"
+        "</figure>"
     )
-    axes.set_xlabel("latency in ms (logarithmic)")
-    axes.set_ylabel("% of inferences")
-    if series.latencies_s:
-        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(0, 102)
 
 
-def _draw(fill: Callable[[Any], None]) -> str:
-    """One plot as an SVG element, text left as text."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "datamix", "font.size": 10}):
-        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        axes.grid(color="#ddd", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        fill(axes)
-        # Without metadata: matplotlib's would name a web address, and the page asks for nothing.
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table of cells that are HTML already."""
+    top = "".join(f"<th scope='col'>{escape(name)}</th>" for name in head)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines
+    )
+    return (
+        f"<div class='wide' tabindex='0' role='group' aria-label='table'><table><thead><tr>{top}"
+        f"</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
-def _ms(values: Sequence[float]) -> list[float]:
-    return [value * 1e3 for value in values]
+def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
+    body = "\n".join(
+        f"<tr><th scope='row'>{escape(name)}</th><td>{escape(figure)}</td></tr>"
+        for name, figure in pairs
+    )
+    return f"<table class='figures'>\n{body}\n</table>"

@@ -27,6 +27,7 @@ from datamix.limits import raise_descriptor_limit
 from edge.fleet.config import FleetConfig
 from edge.fleet.offline import Offline
 from edge.fleet.prepare import Shelf
+from edge.fleet.recorder import recording
 from edge.fleet.shard import Shard, ShardResult
 from edge.fleet.stock import Stock, StockWorkload
 from edge.fleet.workload import EchoWorkload, Workload
@@ -193,13 +194,14 @@ async def _serve(connection: Line, task: Task, stock: Stock | None) -> ShardResu
     # A thread: an event loop would make the pipe non-blocking, and long results need it to block.
     threading.Thread(target=hear, name="hear", daemon=True).start()
     tell()
-    await shard.connect()
-    # What lives now lives to the end; without it the collector has little to walk through.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
-    connection.send(Ready(task.number))
-    return await shard.run(await start)
+    with recording(shard):
+        await shard.connect()
+        # What lives now lives to the end; without it the collector has little to walk through.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
+        connection.send(Ready(task.number))
+        return await shard.run(await start)
 
 
 def _offline(config: FleetConfig, groups: int) -> Offline | None:

@@ -12,7 +12,7 @@ them. A mixture says which kinds a fleet has, and which share of the devices eac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -261,3 +261,14 @@ def charged(profiles: Sequence[Profile], stage: str) -> bool | None:
 def as_dicts(profiles: Sequence[Profile]) -> list[dict[str, Any]]:
     """Profiles as JSON can hold them."""
     return [dataclasses.asdict(profile) for profile in profiles]
+
+
+def from_dict(body: Mapping[str, Any]) -> Profile:
+    """Read what :func:`as_dicts` made of one profile.
+
+    Raises:
+        TypeError: it is none.
+    """
+    link = body["link"]
+    made = {"times": Times(**body["times"]), "link": None if link is None else Link(**link)}
+    return Profile(**{**body, **made})

@@ -126,6 +126,19 @@ class Result:
         return self.done_s - self.scheduled_s
 
 
+def latency_s(table: Table) -> NDArray[np.float64]:
+    """(n,) seconds from the schedule to the end of each inference; NaN where it never ended."""
+    latency: NDArray[np.float64] = table["done_s"] - table["scheduled_s"]
+    return latency
+
+
+def kind(status: int) -> str:
+    """Name a status, as figures and plots do; an HTTP status by its number."""
+    named = STATUS_NAMES | {OK: "ok", WRONG: "wrong", UNSENT: "unsent", STOPPED: "stopped"}
+    named[CANCELLED] = "cancelled"
+    return named.get(status, str(status))
+
+
 def allocate(schedule: Schedule, rows: int) -> Table:
     """Make the table of one shard: a row per inference it owes, all of them UNSENT."""
     table = np.zeros(len(schedule), COLUMNS)

@@ -19,7 +19,9 @@ from edge.fleet.offline import OfflineTraffic
 from edge.fleet.prepare import prepare
 from edge.fleet.process import Failure, Ready, Target
 from edge.fleet.processes import processes
-from edge.fleet.report import Run, Summary, percentiles, summarise
+from edge.fleet.quantiles import observed
+from edge.fleet.recorder import Recorder
+from edge.fleet.report import Run, Summary, summarise
 from edge.fleet.settled import Merge, Watch
 from edge.fleet.shard import Counters, Progress, ShardResult
 from edge.fleet.stats import Sampler, Use, fetch, use
@@ -104,7 +106,10 @@ def record(
     terms = agree(config)
     target = discover(config)
     rounds, rows = _shape(config, target)
-    sampler = Sampler(*config.base_urls, access=config.access)
+    mode = "echo" if terms is None else terms.promise.mode
+    recorder = None if config.out is None else Recorder(config)
+    keep = None if recorder is None else recorder.sample
+    sampler = Sampler(*config.base_urls, access=config.access, keep=keep)
     with contextlib.ExitStack() as stack:
         shelf = None
         if config.precompute:
@@ -116,6 +121,15 @@ def record(
         sampler.start()
         try:
             start_s = fleet.start()
+            if recorder is not None:
+                recorder.begin(
+                    model=target.model,
+                    mode=mode,
+                    rounds=rounds,
+                    group_size=rows,
+                    start_s=start_s,
+                    terms=terms,
+                )
             interrupted = fleet.follow(start_s, sampler, on_progress, watch)
         finally:
             samples = sampler.stop()
@@ -126,7 +140,7 @@ def record(
     run = Run(
         config=config,
         model=target.model,
-        mode="echo" if terms is None else terms.promise.mode,
+        mode=mode,
         terms=terms,
         offline=_add_offline([part.offline for part in results if part.offline is not None]),
         rounds=rounds,
@@ -141,14 +155,12 @@ def record(
         interrupted=interrupted,
         start_s=start_s,
         samples=samples,
+        start_error_s=crew.start_error_s,
+        fault=_losses(lost, crew.size) if lost else None,
     )
-    summary = dataclasses.replace(summarise(run), start_error_s=crew.start_error_s)
-    if config.precompute:  # nothing was classified
-        summary = dataclasses.replace(
-            summary, stem="precomputed", accuracy_cloud=None, accuracy_local=None
-        )
-    if lost:
-        summary = dataclasses.replace(summary, valid=False, invalid_reason=_losses(lost, crew.size))
+    summary = summarise(run)
+    if recorder is not None:
+        recorder.end(run, summary)
     return run, summary
 
 
@@ -337,7 +349,7 @@ class _Fleet:
             return
         latest = list(self._latest.values())
         counters = _add([part.counters for part in latest])
-        lately = percentiles(np.array(self._latencies_s))
+        lately = observed(np.array(self._latencies_s))
         cloud = (
             use([s for s in sampler.samples if s.at_s > now - 3]) if sampler else Use(None, None)
         )

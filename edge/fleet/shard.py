@@ -285,6 +285,11 @@ class Shard:
         return settled(self.table[start:end], until_s)
 
     @property
+    def elapsed_s(self) -> float:
+        """Since the common start; 0 before it."""
+        return max(0.0, self.clock() - self._start_s)
+
+    @property
     def begun(self) -> int:
         """The place of the table from which on no row has begun."""
         return self._next if self.schedule.closed is None else self._rows

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,11 +103,20 @@ class Sampler:
     A cloud without that endpoint gives no samples, and the figures made of them are None.
     """
 
-    def __init__(self, *base_urls: str, access: Access = _ANYBODY) -> None:
-        """Make a sampler, of one front door or several, that has not started."""
+    def __init__(
+        self,
+        *base_urls: str,
+        access: Access = _ANYBODY,
+        keep: Callable[[Sample], None] | None = None,
+    ) -> None:
+        """Make a sampler, of one front door or several, that has not started.
+
+        ``keep`` gets each sample as it comes.
+        """
         self.samples: list[Sample] = []
         self._urls = [f"{base_url}/v2/stats" for base_url in base_urls]
         self._access = access
+        self._keep = keep
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stats", daemon=True)
 
@@ -139,6 +148,8 @@ class Sampler:
             except (DataMixError, KeyError, TypeError, ValueError):
                 continue
             self.samples.append(sample)
+            if self._keep is not None:
+                self._keep(sample)
 
     def _run(self) -> None:
         while not self._stop.wait(_PERIOD_S):

@@ -49,7 +49,7 @@ METRICS: dict[str, tuple[str, Callable[[Summary], float | None]]] = {
     "error-rate": ("share", error_rate),
     "accuracy": ("share", lambda summary: summary.accuracy_cloud),
     "busy": ("share", lambda summary: summary.engine_busy_ratio),
-    "goodput": ("number", lambda summary: summary.inferences_per_s),
+    "goodput": ("number", lambda summary: summary.goodput_inferences_per_s),
     "throughput": ("number", lambda summary: summary.throughput),
     "wrong": ("number", lambda summary: float(summary.wrong)),
     "retries": ("number", lambda summary: float(summary.retries)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -11,7 +11,8 @@ from rich.live import Live
 from rich.table import Table
 
 from edge.fleet.profiles import STAGES
-from edge.fleet.report import Percentiles, Summary
+from edge.fleet.quantiles import LABELS, Intervals, Percentiles, missing
+from edge.fleet.report import Summary
 from edge.fleet.run import FleetProgress
 
 
@@ -76,8 +77,10 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
             "offered" if summary.loop == "open" else "asked (CLOSED LOOP: a slow cloud less)",
             f"{summary.offered_rate:.1f} requests/s",
         ),
+        ("retried", f"{summary.retried_rate:.1f} requests/s, beside the offered"),
         ("throughput", f"{summary.throughput:.1f} requests/s, {summary.rows_per_s:.0f} rows/s"),
         ("inferences answered right", f"{summary.ok} of {summary.inferences}"),
+        ("goodput", goodput(summary)),
         ("failed", failed or "0"),
         ("wrong", str(summary.wrong) if summary.verified else "not verified"),
         ("unsent", str(summary.unsent)),
@@ -87,8 +90,11 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
             f"{summary.duplicates}, {summary.misrouted}, {summary.unmatched}, "
             f"{summary.unreadable}, {summary.late}",
         ),
-        ("latency from schedule", percentile_text(summary.latency_s)),
-        ("latency from send", percentile_text(summary.latency_from_send_s)),
+        ("latency from schedule", percentile_text(summary.latency_s, summary.latency_interval_s)),
+        (
+            "latency from send",
+            percentile_text(summary.latency_from_send_s, summary.latency_from_send_interval_s),
+        ),
         ("generator lag", percentile_text(summary.generator_lag_s)),
         (
             "in the cloud, mean",
@@ -102,6 +108,15 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
             f"{_kb(summary.bytes_up_per_input)} up, {_kb(summary.bytes_down_per_input)} down",
         ),
     ]
+    if summary.warm_up_s:
+        figures.insert(
+            5,
+            (
+                "warm-up",
+                f"{summary.warm_up_inferences} inferences due in the first "
+                f"{summary.warm_up_s:g} s are in no latency; they count everywhere else",
+            ),
+        )
     if summary.profiles:
         kinds = ", ".join(f"{kind['share']:.0%} {kind['name']}" for kind in summary.profiles)
         figures.append(("profiles", kinds))
@@ -142,15 +157,62 @@ def offline_rows(summary: Summary) -> list[tuple[str, str]]:
     ]
 
 
-def show(summary: Summary, console: Console | None = None) -> None:
+def show(summary: Summary, console: Console | None = None, title: str = "Fleet") -> None:
     """Print the report of a run."""
     console = console or Console()
-    view = Table(title="Fleet", show_header=False, title_justify="left")
+    view = Table(title=title, show_header=False, title_justify="left")
     view.add_column(style="bold")
     view.add_column()
     for name, figure in rows(summary):
         view.add_row(name, figure)
     console.print(view)
+
+
+def overview(runs: Sequence[tuple[str, Summary]]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of a table with a line per run."""
+    head = ["run", "valid", "offered/s", "goodput/s", "right", "p50", "p99", "batch rows", "engine"]
+    lines = []
+    for name, one in runs:
+        tails = [percentile_cell(one, key) for key in ("p50", "p99")]
+        lines.append(
+            [
+                name,
+                "yes" if one.valid else "NO",
+                number(one.offered_inferences_per_s),
+                number(one.goodput_inferences_per_s),
+                f"{one.ok} of {one.inferences}",
+                *tails,
+                number(one.batch_rows_mean),
+                share(one.engine_busy_ratio),
+            ]
+        )
+    return head, lines
+
+
+def show_overview(runs: Sequence[tuple[str, Summary]], console: Console | None = None) -> None:
+    """Print a line per run."""
+    head, lines = overview(runs)
+    view = Table(*head, title="Runs (per second: inferences)", title_justify="left")
+    for line_of_cells in lines:
+        view.add_row(*line_of_cells)
+    (console or Console()).print(view)
+
+
+def percentile_cell(summary: Summary, key: str) -> str:
+    """One percentile from the schedule with its interval."""
+    value, span = summary.latency_s[key], summary.latency_interval_s[key]
+    if value is None or span is None:
+        return "not enough samples"
+    return f"{duration(value)} ({interval(*span)})"
+
+
+def goodput(summary: Summary) -> str:
+    """What was of use: answered right, and within the SLO where there is one."""
+    rate = f"{summary.goodput_inferences_per_s:.1f} inferences/s answered right"
+    if summary.slo_s is None or summary.within_slo is None:
+        return f"{rate} (no SLO)"
+    met = share(summary.within_slo / summary.inferences if summary.inferences else None)
+    return f"{rate} within {duration(summary.slo_s)}; {met} of all that fell due"
 
 
 def duration(seconds: float | None) -> str:
@@ -170,15 +232,30 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def percentile_text(figures: Percentiles) -> str:
-    """Percentiles in one line; what too few samples can't say is said so."""
-    names = {"p50": "p50", "p90": "p90", "p99": "p99", "p999": "p99.9"}
-    known = [f"{label} {duration(figures[key])}" for key, label in names.items() if figures[key]]
-    missing = [label for key, label in names.items() if figures[key] is None]
-    text = ", ".join(known)
-    if missing:
-        text += f"{', ' if text else ''}{' '.join(missing)}: not enough samples"
-    return text
+def percentile_text(figures: Percentiles, spans: Intervals | None = None) -> str:
+    """Percentiles in one line; what too few samples can't say is said so.
+
+    ``spans`` are their 95% intervals, shown in brackets.
+    """
+    known = []
+    for key, label in LABELS.items():
+        if figures[key] is not None:
+            text = f"{label} {duration(figures[key])}"
+            if spans is not None and (span := spans[key]) is not None:
+                text += f" ({interval(*span)})"
+            known.append(text)
+    unknown = missing(figures)
+    if unknown:
+        known.append(f"{' '.join(unknown)}: not enough samples")
+    return ", ".join(known)
+
+
+def interval(low_s: float, high_s: float) -> str:
+    """Two durations as ``low to high``, the unit said once."""
+    if low_s < 1 <= high_s:
+        return f"{low_s:.2f} to {high_s:.2f} s"
+    unit = duration(high_s).rpartition(" ")[2]
+    return f"{duration(low_s).removesuffix(unit).strip()} to {duration(high_s)}"
 
 
 def _kb(value: float | None) -> str:
