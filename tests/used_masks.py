@@ -19,9 +19,9 @@ def watch(patch: pytest.MonkeyPatch) -> dict[str, list[bytes]]:
         seen["seed"] += [row.tobytes() for row in drawn]
         return drawn
 
-    def noted_share(clipped: Any, mask: masks.Mask, sigma: float) -> Any:
+    def noted_share(clipped: Any, mask: masks.Mask, sigma: float, step: float | None) -> Any:
         seen["noise"].append(mask.noise.tobytes())
-        return share(clipped, mask, sigma)
+        return share(clipped, mask, sigma, step)
 
     patch.setattr(masks, "draw_seeds", noted_draw)
     patch.setattr(modes, "share", noted_share)
