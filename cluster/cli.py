@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cluster.audit_cli import audit
+from cluster.capacity_cli import capacity, scenario
 from cluster.costs_cli import costs
 from cluster.device_cli import profile_device
 from cluster.ledger_cli import ledger
@@ -42,11 +43,13 @@ app = typer.Typer(
 )
 app.add_typer(models, name="models")
 app.command()(audit)
+app.command()(capacity)
 app.command()(compare)
 app.command()(costs)
 app.command()(ledger)
 app.command("profile-device")(profile_device)
 app.command()(report)
+app.command()(scenario)
 app.command()(search)
 add_training(app)
 
@@ -472,6 +475,10 @@ def simulate(
     masks_ahead: Annotated[
         int, typer.Option(help="For split: groups that a process keeps masks ready for.")
     ] = 64,
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(help="A gate such as p99<100ms or error-rate<1%; several may be given."),
+    ] = None,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     json_path: Annotated[
@@ -481,12 +488,18 @@ def simulate(
         Path | None, typer.Option("--html", help="Write the report to this file.")
     ] = None,
 ) -> None:
-    """Let a fleet of devices loose on a cloud; exit code 1 if it failed any, 3 if not valid."""
+    """Let a fleet of devices loose on a cloud; exit code 1 if it failed any, 3 if not valid.
+
+    4 if a threshold was not kept, or there were too few samples to judge it.
+    """
     from edge.fleet import behaviour
     from edge.fleet import profiles as kinds
     from edge.fleet.command import run
     from edge.fleet.config import FleetConfig
     from edge.fleet.processes import processes as own_processes
+    from edge.fleet.threshold import parse_threshold
+
+    gates = [parse_threshold(text) for text in threshold or ()]
 
     with contextlib.ExitStack() as stack:
         launch: Launch = own_processes
@@ -529,7 +542,7 @@ def simulate(
             slow_readers=None if slow_readers is None else behaviour.slow_readers(slow_readers),
             cancel=None if cancel is None else behaviour.cancellations(cancel),
         )
-        raise typer.Exit(run(config, json_path, html_path, launch))
+        raise typer.Exit(run(config, json_path, html_path, gates, launch))
 
 
 @app.command()

@@ -45,4 +45,16 @@ load_plots.py the plots of several runs against their load
 page.py       the report as one HTML file
 command.py    ``datamix simulate``
 reporting.py  ``datamix report`` and ``datamix compare``
+threshold.py  gates on a run's figures, for its exit code
+
+settled.py    what has ended while a run goes on, in the order it was due
+objective.py  ``p99=100ms``
+bounds.py     binomial bounds of shares and quantiles
+verdict.py    whether a load meets an objective: looks, and how much neighbours depend
+search.py     which rate next, and what is believed of the capacity
+limiting.py   what made inferences late
+capacity.py   the search against a running cloud
+closed.py     a closed loop, labelled as one
+scenario.py   single-stream, multi-stream and offline, as MLPerf defines them
+capacity_view.py, capacity_command.py   ``datamix capacity`` and ``datamix scenario``
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from edge.fleet.config import FleetConfig
 from edge.fleet.crew import Launch
 from edge.fleet.processes import processes
 from edge.fleet.run import simulate
+from edge.fleet.threshold import Threshold, exit_code
 from edge.fleet.view import live_view, show
 
 INTERRUPTED = 130
@@ -20,12 +22,13 @@ def run(
     config: FleetConfig,
     json_path: Path | None,
     html_path: Path | None,
+    gates: Sequence[Threshold] = (),
     launch: Launch = processes,
 ) -> int:
     """Simulate and report; return the exit code.
 
     0: valid, and every inference answered right. 1: the cloud failed some. 3: the figures are not
-    the cloud's. 130: interrupted (the report covers what was done).
+    the cloud's. 4: a gate was not passed. 130: interrupted (the report covers what was done).
 
     Raises:
         ConfigError: a setting that can't be met, known before anything is sent.
@@ -39,10 +42,16 @@ def run(
     with live_view() as on_progress:
         summary = simulate(config, on_progress, launch)
     show(summary)
+    outcomes = [gate.judge(summary) for gate in gates]
+    for outcome in outcomes:
+        print(outcome)
     if json_path is not None:
-        json_path.write_text(json.dumps(summary.as_dict(), indent=2, allow_nan=False) + "\n")
+        figures = summary.as_dict()
+        if outcomes:
+            figures["thresholds"] = [outcome.as_dict() for outcome in outcomes]
+        json_path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
     if html_path is not None:
         from edge.fleet.page import write_page
 
         write_page(html_path, summary, summary.series)
-    return INTERRUPTED if summary.interrupted else summary.exit_code
+    return INTERRUPTED if summary.interrupted else exit_code(summary, outcomes)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from edge.fleet import result
 from edge.fleet.offline import OfflineTraffic
+from edge.fleet.settled import Settled
 
 
 @dataclass(slots=True)
@@ -70,6 +71,8 @@ class Progress:
         counters: totals so far.
         latencies_s: of the inferences that were answered since the last progress.
         cpu_s: processor time since the common start.
+        settled: the inferences that have ended since, in the order they were due; none of a closed
+            loop's.
     """
 
     shard: int
@@ -79,6 +82,7 @@ class Progress:
     counters: Counters
     latencies_s: list[float]
     cpu_s: float
+    settled: Settled
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from edge.fleet.processes import processes
 from edge.fleet.quantiles import observed
 from edge.fleet.recorder import Recorder
 from edge.fleet.report import Run, Summary, summarise
+from edge.fleet.settled import Merge, Watch
 from edge.fleet.shard import Counters, Progress, ShardResult
 from edge.fleet.stats import Sampler, Use, fetch, use
 from edge.fleet.terms import agree
@@ -74,15 +75,27 @@ OnProgress = Callable[[FleetProgress], None]
 def simulate(
     config: FleetConfig, on_progress: OnProgress | None = None, launch: Launch = processes
 ) -> Summary:
-    """Run the fleet against a cloud and say what it saw.
+    """Run the fleet against a cloud and say what it saw; see :func:`record`."""
+    return record(config, on_progress, launch)[1]
 
-    Ctrl-C ends the run early: the summary then covers what was done. So does the loss of a shard:
-    the others are stopped, and the summary of what they did is not valid. No process stays behind.
+
+def record(
+    config: FleetConfig,
+    on_progress: OnProgress | None = None,
+    launch: Launch = processes,
+    watch: Watch | None = None,
+) -> tuple[Run, Summary]:
+    """Run the fleet against a cloud; all that was recorded, and what it says.
+
+    Ctrl-C ends the run early: record and summary then cover what was done. So does ``watch``, once
+    that is enough for it. So does the loss of a shard: the others are stopped, and the summary of
+    what they did is not valid. No process stays behind.
 
     Args:
         config: the run.
         on_progress: called about once a second.
         launch: where the shards are at work; by default in processes of this machine.
+        watch: sees the inferences as they end, in the order they were due.
 
     Raises:
         ConfigError: the settings don't fit the cloud, the bundle or this machine, or the two ends
@@ -117,7 +130,7 @@ def simulate(
                     start_s=start_s,
                     terms=terms,
                 )
-            interrupted = fleet.follow(start_s, sampler, on_progress)
+            interrupted = fleet.follow(start_s, sampler, on_progress, watch)
         finally:
             samples = sampler.stop()
         results, lost = fleet.results, fleet.lost
@@ -148,7 +161,7 @@ def simulate(
     summary = summarise(run)
     if recorder is not None:
         recorder.end(run, summary)
-    return summary
+    return run, summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +270,9 @@ class _Fleet:
         self._ready = 0
         self._latest: dict[int, Progress] = {}
         self._latencies_s: list[float] = []
+        self._merge = Merge(config.processes)
+        self._watch: Watch | None = None
+        self._enough = False
         self._shown_s = 0.0
         self._shown_elapsed_s = 0.0
         self._shown = dict.fromkeys((item.name for item in dataclasses.fields(Counters)), 0)
@@ -277,9 +293,15 @@ class _Fleet:
         """Tell every shard the common start; return it."""
         return self._crew.start(_HEADROOM_S)
 
-    def follow(self, start_s: float, sampler: Sampler, on_progress: OnProgress | None) -> bool:
+    def follow(
+        self,
+        start_s: float,
+        sampler: Sampler,
+        on_progress: OnProgress | None,
+        watch: Watch | None = None,
+    ) -> bool:
         """Wait for the results; return whether Ctrl-C cut the run short."""
-        config = self.config
+        config, self._watch = self.config, watch
         length_s = config.duration_s + config.timeout_s
         interrupted = stopped = False
         deadline_s = start_s + length_s + _PATIENCE_S
@@ -293,7 +315,7 @@ class _Fleet:
                 if interrupted:
                     raise
                 interrupted = True
-            if (interrupted or self.lost) and not stopped:
+            if (interrupted or self.lost or self._enough) and not stopped:
                 stopped = True
                 deadline_s = time.monotonic() + _PATIENCE_S
                 self._crew.stop()
@@ -308,6 +330,9 @@ class _Fleet:
                 case Progress():
                     self._latest[word.shard] = word
                     self._latencies_s += word.latencies_s
+                    news = self._merge.add(word.shard, word.settled)
+                    if self._watch is not None and news is not None and not self._enough:
+                        self._enough = self._watch(news)
                 case Ready():
                     self._ready += 1
                 case ShardResult():

@@ -33,6 +33,7 @@ from edge.fleet.offline import Offline
 from edge.fleet.own_time import OwnTime
 from edge.fleet.pacing import Schedule
 from edge.fleet.profiles import assign
+from edge.fleet.settled import Settled, settled
 from edge.fleet.stages import Stages
 from edge.fleet.streams import Streams
 from edge.fleet.timers import TICK_S, Timers
@@ -91,6 +92,7 @@ class Shard:
     _granted: int = field(init=False, default=0)
     _rows: int = field(init=False)
     _distinct: int = field(init=False)
+    _settled: int = field(init=False, default=0)
     _turns: Turns | None = field(init=False, default=None)
     _own_time: OwnTime = field(init=False)
 
@@ -266,7 +268,21 @@ class Shard:
             self.counters,
             latencies_s,
             time.process_time() - self._start_cpu_s if started else 0.0,
+            self._settle(),
         )
+
+    def _settle(self) -> Settled:
+        """Tell of the rows up to the oldest inference under way, since the last call."""
+        if self.schedule.closed is not None:  # nobody knows what is due
+            return settled(self.table[:0], 0.0)
+        due_s, end = self.schedule.due_s, self._next
+        for flight in self._deadlines:
+            if flight.inference is not None:
+                end = flight.position
+                break
+        start, self._settled = self._settled, end
+        until_s = float(due_s[end]) if end < len(due_s) else self._window_s
+        return settled(self.table[start:end], until_s)
 
     @property
     def elapsed_s(self) -> float:
