@@ -235,4 +235,7 @@ class MaskPool:
 
 def expand_seeds(seeds: Seeds, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     """Noise for a row of each seed: (n, 32) to (n, *shape) float64."""
-    return np.stack([gaussians(seed, shape) for seed in from_rows(seeds)])
+    noise = np.empty((len(seeds), *shape))
+    for row, seed in zip(noise, from_rows(seeds), strict=True):
+        row[...] = gaussians(seed, shape)
+    return noise
