@@ -65,10 +65,33 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
         "What does the mode split cost the device, beside mix? (The worst of three bundles.)",
         [
             ("split_all_cpu_over_mix", "<=", 2.0),
+            ("split_online_p50_over_mix", "<=", 1.1),
             ("uplink_over_mix_fashion-mnist-mix", "<=", 1.05),
             ("uplink_over_mix_fashion-mnist-one-round", "<=", 1.05),
             ("uplink_over_mix_speech-commands-mix", "<=", 1.05),
         ],
+    ),
+    "generator": (
+        "What does a request cost whoever generates it, with this fleet and with other load "
+        "generators?",
+        [
+            ("fleet_us", "<=", 60.0),
+            ("stock_us", "<=", 60.0),
+            ("cheapest_locust_over_fleet", ">=", 5.0),
+        ],
+    ),
+    "fleet_scale": (
+        "Do 10,000 devices on two cores send on time, beside the cloud that answers them?",
+        [
+            ("devices", ">=", 10_000.0),
+            ("lag_p99_ms", "<=", 10.0),
+            ("lost", "<=", 0.0),
+            ("wrong", "<=", 0.0),
+        ],
+    ),
+    "omission": (
+        "Does the report show a cloud that stalls for 2 s in a run of 30?",
+        [("open_p99_over_stall", ">=", 0.8), ("closed_p99_over_stall", "<=", 0.1)],
     ),
     "saturation": (
         "How much of the engine's bare speed is served, clients on the same two cores?",
