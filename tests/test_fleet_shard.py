@@ -257,9 +257,12 @@ def test_what_could_not_be_sent_is_unsent_and_what_was_lost_is_connection() -> N
             return await shard.run(shard.clock())
 
     flown = asyncio.run(go())
-    assert statuses(flown) == {result.CONNECTION: 1, result.UNSENT: 29}
-    unsent = flown.table[flown.table["status"] == result.UNSENT]
-    assert np.all(np.isnan(unsent["sent_s"])) and not np.isnan(unsent["done_s"]).any()
+    # The first is lost, and whatever else left before the device heard of that; all others stayed.
+    counts, sent = statuses(flown), ~np.isnan(flown.table["sent_s"])
+    assert set(counts) == {result.CONNECTION, result.UNSENT} and sum(counts.values()) == 30
+    assert 1 <= counts[result.CONNECTION] < 15
+    assert np.array_equal(sent, flown.table["status"] == result.CONNECTION)
+    assert not np.isnan(flown.table["done_s"]).any()
 
 
 def test_stop_reports_what_fell_due_and_nothing_else() -> None:
