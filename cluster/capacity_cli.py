@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from cluster.options import (
+    AllowSameOperator,
+    Bundle,
+    CaFile,
+    Inputs,
+    ModeName,
+    Profiles,
+    Rows,
+    SecondTokenFile,
+    SecondUrl,
+    TokenFile,
+    Verify,
+    Workload,
+    read_token,
+)
+
 Url = Annotated[str, typer.Option(help="Base URL of the cloud, http://host:port.")]
-Bundle = Annotated[str | None, typer.Option(help="Folder or URI of the bundle the devices run.")]
-Inputs = Annotated[
-    str | None, typer.Option(help=".npz of images or pcm, and labels; else the shipped sample.")
-]
-Workload = Annotated[
-    Literal["bundle", "echo"],
-    typer.Option(help="bundle: real inference; echo: for --engine null or emulated."),
-]
-Rows = Annotated[int, typer.Option(help="Rows per message of the echo workload.")]
-Verify = Annotated[bool, typer.Option(help="Compare every answer with the local one.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same schedules.")]
 Slo = Annotated[str, typer.Option(help="The objective: p99=100ms, p90=0.5s, p99.9=250ms.")]
 Processes = Annotated[int, typer.Option(help="Processes that hold the devices.")]
@@ -28,15 +33,6 @@ Timeout = Annotated[
 ]
 Tolerance = Annotated[
     float, typer.Option(help="The search ends at an interval of plus and minus that share.")
-]
-Mode = Annotated[
-    str | None, typer.Option("--mode", help="mix, bounded or split; else the bundle's own.")
-]
-TokenFile = Annotated[
-    Path | None, typer.Option(help="File with the bearer token; else $DATAMIX_TOKEN, or none.")
-]
-CaFile = Annotated[
-    Path | None, typer.Option(help="PEM file of the authorities to trust; else this machine's.")
 ]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
 
@@ -68,24 +64,15 @@ def capacity(
     arrivals: Annotated[
         str, typer.Option(help="poisson, constant or gamma:shape=0.25, over all devices.")
     ] = "poisson",
-    profiles: Annotated[
-        str | None,
-        typer.Option(help="Kinds of devices: phone/4g:0.7,laptop/wifi:0.3, or a YAML file."),
-    ] = None,
+    profiles: Profiles = None,
     workload: Workload = "bundle",
     verify: Verify = True,
     rows: Rows = 4,
     timeout: Timeout = None,
-    mode: Mode = None,
-    second: Annotated[
-        str | None, typer.Option(help="Base URL of operator B, for split; url is operator A's.")
-    ] = None,
-    second_token_file: Annotated[
-        Path | None, typer.Option(help="File with operator B's bearer token.")
-    ] = None,
-    allow_same_operator: Annotated[
-        bool, typer.Option(help="Go on where both ends have one operator: NOT private.")
-    ] = False,
+    mode: ModeName = None,
+    second: SecondUrl = None,
+    second_token_file: SecondTokenFile = None,
+    allow_same_operator: AllowSameOperator = False,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     json_path: JsonPath = None,
@@ -113,11 +100,11 @@ def capacity(
         workload=workload,
         verify=verify,
         rows=rows,
-        token=_token(token_file),
+        token=read_token(token_file),
         ca_file=None if ca_file is None else str(ca_file),
         mode=mode,
         second=second,
-        second_token=None if second_token_file is None else _token(second_token_file),
+        second_token=None if second_token_file is None else read_token(second_token_file),
         allow_same_operator=allow_same_operator,
     )
     fleet = Fleet(
@@ -160,7 +147,7 @@ def scenario(
     verify: Verify = True,
     rows: Rows = 4,
     timeout: Timeout = None,
-    mode: Mode = None,
+    mode: ModeName = None,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     json_path: JsonPath = None,
@@ -201,7 +188,7 @@ def scenario(
         rows=rows,
         timeout_s=10.0 if timeout is None else timeout,
         mode=mode,
-        token=_token(token_file),
+        token=read_token(token_file),
         ca_file=None if ca_file is None else str(ca_file),
     )
     if name == "single-stream":
@@ -211,11 +198,3 @@ def scenario(
     else:
         chosen = scenarios.offline(depth)
     raise typer.Exit(run_closed(chosen, config, duration, json_path))
-
-
-def _token(file: Path | None) -> str | None:
-    if file is None:
-        return os.environ.get("DATAMIX_TOKEN") or None
-    from datamix.tokens import read_token
-
-    return read_token(file)
