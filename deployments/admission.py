@@ -37,6 +37,7 @@ class Admission:
         self.traffic = backbone.traffic
         self._catalog = backbone.catalog
         self._expander = backbone.expander
+        self._tracing = backbone.tracing
         self._clock = backbone.clock
         self._max_bytes = backbone.config.max_request_bytes
         self._max_rows = backbone.config.max_request_rows
@@ -67,20 +68,31 @@ class Admission:
         model.check(request)
         model.offered_requests += 1
         model.offered_rows[request.block] += request.rows
+        followed = None
+        if request.traceparent is not None and self._tracing is not None:
+            followed = self._tracing.follow(request.traceparent, model, request, done)
         deadline_s = request.deadline_s
         job = Job(
             block=request.block,
             rows=Rows(request.features, request.scale),
-            done=done,
+            done=done if followed is None else followed,
             deadline=None if deadline_s is None else self._clock() + deadline_s,
             priority=request.priority,
         )
+        try:
+            self._offer(model, request, job)
+        except DataMixError as error:
+            if followed is not None:
+                followed.refuse(error)
+            raise
+        return job
+
+    def _offer(self, model: ServedModel, request: wire.Request, job: Job) -> None:
         if request.noise:
             shape = model.engine.blocks[request.block].input_shape
             self._expander.offer(model.batcher, request, job, shape)
         else:
             model.batcher.offer(job)
-        return job
 
     def count(self, model: ServedModel | None, outcome: bytes | DataMixError) -> None:
         """Count one answer, for its model where one was found."""

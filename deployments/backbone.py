@@ -31,6 +31,7 @@ from deployments.store import RayStore, Store
 from deployments.streams import Streams
 from deployments.table import Table, read_table
 from deployments.tokens import Tokens
+from deployments.tracing import Tracing
 
 _PUBLISH_PERIOD_S = 1.0
 _FOLLOW_PERIOD_S = 2.0
@@ -74,6 +75,9 @@ class Backbone:
         self.expander = Expander(config, loop, self.clock)
         self.streams = Streams(config, self.traffic, self.tokens, self.clock)
         self.streams.start()
+        self.tracing = None
+        if config.trace_endpoint is not None:
+            self.tracing = Tracing.to(config.trace_endpoint, config.traces_per_s)
         self._load = Load(self.clock)
         self._replica = secrets.token_hex(4)
         self._started = self.clock()
@@ -121,6 +125,8 @@ class Backbone:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            if self.tracing is not None:
+                await self.tracing.close()
 
     async def rotate_streams(self, share: float, within_s: float, asked_by: str = "") -> int:
         """Send a share of the devices elsewhere, oldest streams first: to replicas that are new.
