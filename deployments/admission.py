@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Of a request that gets this status. Refusals under load come by the thousands, and metrics count
+# them.
+_LEVELS = {429: logging.DEBUG, 504: logging.DEBUG, 500: logging.ERROR, 503: logging.WARNING}
+
 
 class Route(NamedTuple):
     """Where a path leads: a model, perhaps a version, and what to do with it."""
@@ -94,10 +98,23 @@ class Admission:
         else:
             model.batcher.offer(job)
 
-    def count(self, model: ServedModel | None, outcome: bytes | DataMixError) -> None:
-        """Count one answer, for its model where one was found."""
+    def count(
+        self, model: ServedModel | None, outcome: bytes | DataMixError, request_id: str = ""
+    ) -> None:
+        """Count one answer, for its model where one was found; an error is written down, too."""
         outcomes = self.traffic.astray if model is None else model.outcomes
-        outcomes[str(outcome.status) if isinstance(outcome, DataMixError) else "ok"] += 1
+        if not isinstance(outcome, DataMixError):
+            outcomes["ok"] += 1
+            return
+        outcomes[str(outcome.status)] += 1
+        level = _LEVELS.get(outcome.status, logging.INFO)
+        if logger.isEnabledFor(level):
+            # By its type: an error's sentence can quote what a stranger sent.
+            told = {"request_id": request_id, "status": outcome.status}
+            told["error"] = type(outcome).__name__
+            if model is not None:
+                told |= {"model": model.name, "model_version": model.version}
+            logger.log(level, "request was not answered", extra=told)
 
 
 def encode(

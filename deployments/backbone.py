@@ -19,7 +19,7 @@ from importlib.metadata import version as installed_version
 from typing import Any
 
 from datamix.errors import DataMixError
-from deployments import oip, websocket
+from deployments import logs, oip, websocket
 from deployments.catalog import Catalog
 from deployments.config import Config
 from deployments.load import Load
@@ -87,6 +87,7 @@ class Backbone:
             hello = announce(peers, config.rotate_streams_within_s)
             self._tasks.append(loop.create_task(hello))
         if backend is None:
+            logs.install(config.logs)
             # In a process of Ray's: a full collection would stop the event loop for 0.1 s to look
             # at the quarter of a million objects that were there before the first request.
             gc.collect()

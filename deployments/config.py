@@ -56,6 +56,7 @@ class Config(BaseModel):
             a dtype beyond a bundle's tolerance is refused.
         trace_endpoint: where a collector takes OTLP over HTTP, ``http://host:4318/v1/traces``:
             spans of the requests that devices trace go there (docs/tracing.md). None: no traces.
+        logs: ``text``, or ``json`` for an object per line; with ids of requests.
         traces_per_s: requests traced per second and replica, at most.
         health_timeout_s: how long the engine may take to answer a health probe.
     """
@@ -85,6 +86,7 @@ class Config(BaseModel):
     tokens_file: str | None = Field(default=None, min_length=1)
     operator: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$")
     trace_endpoint: str | None = Field(default=None, min_length=1)
+    logs: Literal["text", "json"] = "text"
     traces_per_s: float = Field(default=100.0, ge=1, allow_inf_nan=False)
     health_timeout_s: float = Field(default=8.0, gt=0, allow_inf_nan=False)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from datamix.errors import DataMixError
 from datamix.tracing import Parent, open_provider
+from deployments.allowance import Allowance
 from deployments.waiting import Computed, Timing
 
 if TYPE_CHECKING:
@@ -30,27 +31,6 @@ SERVICE = "datamix-cloud"
 _CLOSING_S = 3.0
 
 Done = Callable[[Computed | DataMixError], None]
-
-
-class Allowance:
-    """So many a second, no more at once."""
-
-    def __init__(self, per_s: float, clock: Callable[[], float]) -> None:
-        """Start with a second's worth."""
-        self._per_s = per_s
-        self._clock = clock
-        self._left = per_s
-        self._at_s = clock()
-
-    def take(self) -> bool:
-        """Whether there is one left; it is gone then."""
-        now_s = self._clock()
-        self._left = min(self._per_s, self._left + (now_s - self._at_s) * self._per_s)
-        self._at_s = now_s
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
 
 
 class Followed:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from datamix import tracing, wire
 from datamix.errors import ConfigError, DeadlineExceeded, WireError
 from datamix.tracing import Parent
+from deployments.allowance import Allowance
 from deployments.config import Config
-from deployments.tracing import Allowance
 from edge.client import Client
 from edge.data import sample_for
 from edge.device import open_device
