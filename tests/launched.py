@@ -8,12 +8,13 @@ on one or both of the workers; what each method does is what a user would type.
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -143,8 +144,10 @@ class Fleet:
             f"--duration {seconds} --json {self._report}"
         )
 
-    def ended(self) -> dict[str, Any]:
-        """The report, once it is done."""
+    def ended(self, now: bool = False) -> dict[str, Any]:
+        """The report, once it is done, or ``now``, as after Ctrl-C."""
+        if now:
+            os.killpg(self._process.pid, signal.SIGINT)
         try:
             out, err = self._process.communicate(timeout=self._seconds + 60)
         finally:
@@ -165,4 +168,4 @@ def until(look: Callable[[], object], what: str, timeout_s: float) -> float:
     return time.monotonic() - started_s
 
 
-__all__ = ["BUNDLE", "HEAD", "USER", "WORKERS", "Fleet", "Launched", "Path", "until"]
+__all__ = ["BUNDLE", "HEAD", "USER", "WORKERS", "Fleet", "Launched", "until"]
