@@ -22,6 +22,7 @@ from cluster.audit_cli import audit
 from cluster.capacity_cli import capacity, scenario
 from cluster.costs_cli import costs
 from cluster.device_cli import profile_device
+from cluster.launch_cli import down, status, up
 from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
 from cluster.options import (
@@ -55,12 +56,15 @@ app.command()(audit)
 app.command()(capacity)
 app.command()(compare)
 app.command()(costs)
+app.command()(down)
 app.command()(ledger)
 app.command("profile-device")(profile_device)
 app.command()(report)
 app.command()(scenario)
 app.command()(search)
 app.command()(simulate)
+app.command()(status)
+app.command()(up)
 add_training(app)
 
 

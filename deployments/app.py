@@ -1,6 +1,8 @@
-"""`serve run deployments.app:app bundle=...`: binding and nothing else."""
+"""`serve run deployments.app:app bundle=...`: binding and nothing else.
 
-from __future__ import annotations
+Annotations are not put off here: Serve looks at the builder's, and would call it with a plain dict
+where it found the text of one.
+"""
 
 from typing import Any
 
