@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cluster.audit_cli import audit
+from cluster.canaries_cli import canaries
 from cluster.capacity_cli import capacity, scenario
 from cluster.costs_cli import costs
 from cluster.device_cli import profile_device
@@ -51,6 +52,7 @@ app = typer.Typer(
 )
 app.add_typer(models, name="models")
 app.command()(audit)
+app.command()(canaries)
 app.command()(capacity)
 app.command()(compare)
 app.command()(costs)
