@@ -31,6 +31,9 @@ def bind(config: Config, **options: Any) -> Application:
         "health_check_period_s": 1,
         "health_check_timeout_s": config.health_timeout_s + 2,
         "graceful_shutdown_timeout_s": 20,
+        # A redeployment starts a new replica before it stops an old one, and stops none where the
+        # new ones fail to start.
+        "max_surge_percent": 100,
         "ray_actor_options": {"num_cpus": 1, "num_gpus": int(config.device != "cpu")},
     }
     deployment = serve.deployment(**(defaults | options))
