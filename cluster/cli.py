@@ -35,6 +35,7 @@ from cluster.options import (
     read_token,
 )
 from cluster.report_cli import compare, report
+from cluster.rollout_cli import deploy
 from cluster.search_cli import as_search, search
 from cluster.simulate_cli import simulate
 from cluster.training_cli import add_training
@@ -56,6 +57,7 @@ app.command()(canaries)
 app.command()(capacity)
 app.command()(compare)
 app.command()(costs)
+app.command()(deploy)
 app.command()(ledger)
 app.command("profile-device")(profile_device)
 app.command()(report)

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -25,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from cluster.rollout import last_error
 from datamix.errors import ConfigError, Unavailable
 from datamix.limits import raise_descriptor_limit
 
@@ -213,12 +213,16 @@ def local_cluster(
 
 @contextlib.contextmanager
 def local_ray(
-    replicas: int = 1, *, say: Callable[[str], None] = lambda line: None
+    replicas: int = 1,
+    *,
+    dashboard_port: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[str]:
     """Start Ray on this machine, ready for Serve in HAProxy mode; take both down in the end.
 
     Args:
         replicas: how many replicas will have to fit.
+        dashboard_port: where Ray's dashboard listens, which `datamix deploy` needs; None for none.
         say: called with one line of progress before each step.
 
     Yields:
@@ -244,7 +248,8 @@ def local_ray(
                     # Logical, not real: the replica and Serve's own actors must fit anywhere.
                     num_cpus=max(4, replicas + 3),
                     object_store_memory=100 << 20,
-                    include_dashboard=False,
+                    include_dashboard=dashboard_port is not None,
+                    dashboard_port=dashboard_port,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     configure_logging=False,
@@ -350,10 +355,7 @@ def _reason(error: RuntimeError, name: str) -> str:
     application = serve.status().applications.get(name)
     if application is not None:
         texts += [deployment.message for deployment in application.deployments.values()]
-    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
-    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Found|Large): ", line)]
-    last: str = (raised or lines or ["no reason given"])[-1]
-    return last.removeprefix("datamix.errors.")
+    return last_error(texts)
 
 
 def wait_ready(url: str, timeout_s: float) -> None:
