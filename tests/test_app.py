@@ -2,6 +2,7 @@
 
 import zipfile
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import yaml
@@ -34,6 +35,7 @@ def test_serve_yaml_is_what_serve_and_the_application_expect() -> None:
 
 def test_serve_makes_the_settings_out_of_what_a_file_says() -> None:
     arguments = {"engine": "null", "echo_shape": [1, 2, 2]}
+    assert isinstance(app, FunctionType)
     bound = call_user_app_builder_with_args_if_necessary(app, arguments)._bound_deployment
     assert bound.init_args == (Config(engine="null", echo_shape=(1, 2, 2)),)
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):

@@ -285,6 +285,19 @@ def test_a_cloud_that_is_not_there_is_said_so() -> None:
         asyncio.run(go())
 
 
+def test_a_cloud_that_hangs_up_has_opened_no_stream() -> None:
+    """What a load balancer does whose server is gone: it accepts, and closes."""
+
+    async def run() -> None:
+        server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with server:
+            with pytest.raises(Unavailable, match="the cloud hung up instead of opening a stream"):
+                await make_shard(url, connect_timeout_s=0.2).connect()
+
+    asyncio.run(run())
+
+
 def test_a_defect_of_the_simulator_ends_the_run() -> None:
     class Broken(EchoWorkload):
         def start(self, index: int) -> Any:
