@@ -35,10 +35,12 @@ APPLICATION = "datamix"
 _PORTS = 100  # for replicas
 
 # Read by Ray when it is imported, and by every process it starts: all of this must stand in the
-# environment before. On a real cluster the first two stand in cluster.yaml.
+# environment before. On a real cluster the first three stand in cluster.yaml.
 _MODE = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # HAProxy that dies is replaced after three of these, and every device of its node waits.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
 }
 # One machine, one session, one user: no telemetry, no tokens, and no waiting for load balancers
 # that are not there when it stops. Never for production.
