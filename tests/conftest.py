@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from tests.hosts import Hosts, why_not
 from tests.served import Served, serving
 
 # The same examples in every run, and no wall-clock limit per example: a busy machine is not a bug.
@@ -18,3 +19,13 @@ def cluster() -> Iterator[Served]:
     """The shared cluster with the shipped bundle."""
     with serving() as served:
         yield served
+
+
+@pytest.fixture(scope="session")
+def hosts() -> Iterator[Hosts]:
+    """Four isolated hosts, of no cluster yet; see tests/hosts.py."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with Hosts() as hosts:
+        hosts.up(4)
+        yield hosts
