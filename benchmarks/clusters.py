@@ -83,8 +83,10 @@ def _bare(options: dict[str, Any]) -> None:
     """Ray with its dashboard and no application: whoever started it deploys."""
     from cluster.local import free_port, local_ray
 
-    # Serve imports the application in processes that know nothing of this one's path.
+    # Serve imports the application in processes that know nothing of this one's path. And Ray gives
+    # them this one's folder before all others, where other code is deployed or not.
     os.environ["PYTHONPATH"] = os.getcwd()
+    os.chdir("/")
     os.environ.update(options.get("environment", {}))
     port = free_port()
     with local_ray(options["replicas"], dashboard_port=port) as address:

@@ -11,7 +11,6 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -142,19 +141,25 @@ class Seen:
 
 
 class Fleet:
-    """A verified fleet at work in another thread."""
+    """A verified fleet at work in another thread.
+
+    Attributes:
+        requests: answered so far.
+    """
 
     def __init__(self, url: str, **settings: Any) -> None:
         """Start it; settings are those of the fleet."""
-        self._running = threading.Event()
+        self._running, self._enough = threading.Event(), threading.Event()
+        self.requests = 0
         self._pool = ThreadPoolExecutor(1, "fleet")
         wanted: dict[str, Any] = {"bundle": str(BUNDLE), "timeout_s": 30.0, **settings}
         config = FleetConfig(url=url, **wanted)
         self._future: Future[tuple[Run, Summary]] = self._pool.submit(
-            record, config, self._on_progress
+            record, config, self._on_progress, watch=lambda news: self._enough.is_set()
         )
 
     def _on_progress(self, progress: FleetProgress) -> None:
+        self.requests = progress.counters["requests_ok"]
         if progress.phase == "running" and progress.elapsed_s > _QUIET_S:
             self._running.set()
 
@@ -164,6 +169,10 @@ class Fleet:
             if self._future.done():
                 self._future.result()
                 raise RuntimeError("the fleet's run was over before anything happened to it")
+
+    def stop(self) -> None:
+        """Let it end before its time; what is under way then counts as stopped."""
+        self._enough.set()
 
     def seen(self) -> Seen:
         """Wait for its end."""
@@ -191,8 +200,3 @@ def kill(process: psutil.Process) -> float:
     """End a process without a word; return when."""
     os.kill(process.pid, signal.SIGKILL)
     return time.monotonic()
-
-
-def versions(counts: Counter[str]) -> str:
-    """Counts by name, for a table."""
-    return ", ".join(f"{name}: {count}" for name, count in sorted(counts.items())) or "none"
