@@ -40,7 +40,7 @@ _MODE = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # HAProxy that dies is replaced after three of these, and every device of its node waits.
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
 }
 # One machine, one session, one user: no telemetry, no tokens, and no waiting for load balancers
 # that are not there when it stops. Never for production.
@@ -51,6 +51,8 @@ _EMBEDDED = {
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+    # A busy laptop may need more than Ray's 5 s to start HAProxy, which Ray would kill then.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     # Ray would otherwise ship the whole working folder's environment to each worker.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }

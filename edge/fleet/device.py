@@ -159,7 +159,7 @@ class FleetDevice(WSListener):
             self.transport.disconnect(graceful=False)
 
     def is_silent(self, now: float, attempt_timeout_s: float) -> bool:
-        """Whether the stream may be dead without a sign: asked long ago, and nothing came lately."""
+        """Whether the stream may have died without a sign: asked long ago, and nothing came."""
         return now - self.heard_s > SILENCE_S and any(
             flight.sent and not flight.held and now - flight.sent_s > attempt_timeout_s
             for flight in self.flights
