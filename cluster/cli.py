@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cluster.audit_cli import audit
+from cluster.canaries_cli import canaries
 from cluster.capacity_cli import capacity, scenario
 from cluster.costs_cli import costs
 from cluster.device_cli import profile_device
@@ -36,6 +37,7 @@ from cluster.options import (
     read_token,
 )
 from cluster.report_cli import compare, report
+from cluster.rollout_cli import deploy
 from cluster.search_cli import as_search, search
 from cluster.simulate_cli import simulate
 from cluster.training_cli import add_training
@@ -53,10 +55,12 @@ app = typer.Typer(
 )
 app.add_typer(models, name="models")
 app.command()(audit)
+app.command()(canaries)
 app.command()(capacity)
 app.command()(compare)
 app.command()(costs)
 app.command()(down)
+app.command()(deploy)
 app.command()(ledger)
 app.command("profile-device")(profile_device)
 app.command()(report)
