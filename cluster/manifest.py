@@ -1,15 +1,16 @@
-"""The RayService of cluster/kubernetes, made from `cluster.yaml` and `deployments/serve.yaml`.
+"""The files of cluster/kubernetes, made of `cluster.yaml` and `deployments/serve.yaml`.
 
-``python -m cluster.manifest [IMAGE]`` prints it; a test compares the file with what it prints, so
-that a setting has one home. What is here and not there is Kubernetes' own.
+``python -m cluster.manifest`` prints the RayService, ``--write`` writes it and the Containerfile; a
+test compares the files with what they would be, so that a setting has one home. What is here and
+not there is Kubernetes' own.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
-import sys
 import textwrap
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
+TARGET = Path(__file__).parent / "kubernetes"
 FOLDER = "/home/ray/datamix"
 # Left to the system and to Kubernetes' own processes on a node of that size.
 SPARE_CPUS = 1
@@ -28,7 +30,7 @@ GRACE_MARGIN_S = 60
 _TEMPLATE = """\
 # DataMix on Kubernetes by KubeRay 1.5 or newer: a head, and GPU workers that come and go.
 #
-# Made by `python -m cluster.manifest` of cluster.yaml and deployments/serve.yaml: change those.
+# Made by `python -m cluster.manifest --write` of cluster.yaml and deployments/serve.yaml.
 # docs/kubernetes.md tells what must be there before, and what nobody has tried yet.
 apiVersion: ray.io/v1
 kind: RayService
@@ -138,6 +140,31 @@ spec:
 """
 
 
+_CONTAINERFILE = """\
+# The cloud's half of DataMix on Ray's own image, as cluster.yaml sets up its nodes. Made by
+# `python -m cluster.manifest --write` of cluster.yaml: change that.
+#   docker build -f cluster/kubernetes/Containerfile -t registry.example.com/datamix:0.1.0 .
+# Containerfile.dockerignore lets in what is copied here and nothing else (for podman:
+# --ignorefile cluster/kubernetes/Containerfile.dockerignore).
+FROM {image}
+
+WORKDIR {folder}
+COPY --chown=ray:users constraints.txt ./
+# pip's constraints pin every release, Ray's included: it must be the one that the image brought.
+RUN pip install --no-cache-dir --no-input -c constraints.txt \\
+{packages}
+
+COPY --chown=ray:users datamix ./datamix
+COPY --chown=ray:users deployments ./deployments
+COPY --chown=ray:users bundles ./bundles
+ENV PYTHONPATH={folder}
+
+# The device's code and weights handle the secrets: an image with them is not to be.
+RUN test ! -e edge && test -z "$(find . -name device.safetensors -o -name '*.onnx')" \\
+    && python -c "import deployments.app, importlib.util as u; assert not u.find_spec('edge')"
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Start:
     """How a node starts Ray: the variables exported before, and the options of ``ray start``."""
@@ -222,11 +249,32 @@ def build(cluster: dict[str, Any], serve: str, image: str | None = None) -> str:
     )
 
 
+def containerfile(cluster: dict[str, Any]) -> str:
+    """The Containerfile, with the image and the packages of cluster.yaml."""
+    (setup,) = cluster["setup_commands"]
+    words = shlex.split(setup)
+    packages = " ".join(shlex.quote(word) for word in words[words.index("-c") + 2 :])
+    lines = textwrap.wrap(packages, 90, break_long_words=False, break_on_hyphens=False)
+    return _CONTAINERFILE.format(
+        image=cluster["docker"]["image"],
+        folder=FOLDER,
+        packages=" \\\n".join(f"    {line}" for line in lines),
+    )
+
+
 def main() -> None:
-    """Print the manifest."""
+    """Print the manifest, or write both files."""
+    parser = argparse.ArgumentParser(description="the files of cluster/kubernetes")
+    parser.add_argument("--write", action="store_true", help="write both instead of printing one")
+    parser.add_argument("--image", help="what the pods run; else a name that stands for one")
+    options = parser.parse_args()
     cluster = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    image = sys.argv[1] if len(sys.argv) > 1 else None
-    print(build(cluster, (ROOT / "deployments/serve.yaml").read_text(), image), end="")
+    made = build(cluster, (ROOT / "deployments/serve.yaml").read_text(), options.image)
+    if not options.write:
+        print(made, end="")
+        return
+    (TARGET / "rayservice.yaml").write_text(made)
+    (TARGET / "Containerfile").write_text(containerfile(cluster))
 
 
 if __name__ == "__main__":

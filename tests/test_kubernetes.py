@@ -143,11 +143,13 @@ def environment(group: dict[str, Any]) -> dict[str, str]:
 # ------------------------------------------------------------------ one source
 
 
-def test_the_file_is_what_the_two_sources_make(cluster_yaml: dict[str, Any]) -> None:
+AGAIN = "run `python -m cluster.manifest --write`"
+
+
+def test_the_files_are_what_the_two_sources_make(cluster_yaml: dict[str, Any]) -> None:
     made = manifest.build(cluster_yaml, (ROOT / "deployments/serve.yaml").read_text())
-    assert (FOLDER / "rayservice.yaml").read_text() == made, (
-        "run `python -m cluster.manifest > cluster/kubernetes/rayservice.yaml`"
-    )
+    assert (FOLDER / "rayservice.yaml").read_text() == made, AGAIN
+    assert (FOLDER / "Containerfile").read_text() == manifest.containerfile(cluster_yaml), AGAIN
 
 
 def test_what_changes_there_changes_here(cluster_yaml: dict[str, Any]) -> None:
