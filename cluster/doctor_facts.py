@@ -136,8 +136,7 @@ def by_ray(address: str, request: Request) -> Facts:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise Unreachable(f"no Ray cluster answers at {address!r}: {reason}") from error
+        raise Unreachable(f"no Ray cluster answers at {address!r}: {_short(error)}") from error
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve = ask_serve(request["timeout_s"])
@@ -157,23 +156,17 @@ def by_job(url: str, request: Request) -> Facts:
     Raises:
         Unreachable: there is no dashboard, or the job came to nothing.
     """
+    from ray.dashboard.modules import dashboard_sdk
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of each upload
-    folder = Path(tempfile.mkdtemp(prefix="dmx-"))
+    dashboard_sdk.logger.setLevel(logging.ERROR)  # it tells of each upload
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
-        (folder / "cluster").mkdir()
-        for file in _FILES:
-            shutil.copy(Path(__file__).parent / file, folder / "cluster" / file)
         client = JobSubmissionClient(url)
-        job = client.submit_job(
-            entrypoint="python -m cluster.doctor_facts",
-            runtime_env={
-                "working_dir": str(folder),
-                "env_vars": {"DATAMIX_DOCTOR": json.dumps(request)},
-            },
-            entrypoint_num_cpus=0,
-        )
+    except (ConnectionError, RuntimeError) as error:
+        raise Unreachable(f"no Ray dashboard answers at {url}: {_short(error)}") from error
+    try:
+        job = _submit(client, request)
         deadline = time.monotonic() + _JOB_S + request["timeout_s"]
         while not (status := client.get_job_status(job)).is_terminal():
             if time.monotonic() > deadline:
@@ -182,14 +175,44 @@ def by_job(url: str, request: Request) -> Facts:
             time.sleep(0.5)
         logs = client.get_job_logs(job)
     except (ConnectionError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise Unreachable(f"no Ray dashboard answers at {url}: {reason}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        raise Unreachable(f"the dashboard at {url} ran no job: {_short(error)}") from error
     if status != JobStatus.SUCCEEDED:
         last = (logs.strip().splitlines() or ["it wrote nothing"])[-1][:300]
         raise Unreachable(f"the doctor's job at {url} ended as {status}: {last}")
     return read_answer(logs)
+
+
+def _submit(client: Any, request: Request) -> str:
+    """Submit the job; a cluster that has just started may have nobody yet to take it."""
+    folder = Path(tempfile.mkdtemp(prefix="dmx-"))
+    try:
+        (folder / "cluster").mkdir()
+        for file in _FILES:
+            shutil.copy(Path(__file__).parent / file, folder / "cluster" / file)
+        deadline = time.monotonic() + request["timeout_s"]
+        while True:
+            try:
+                return str(
+                    client.submit_job(
+                        entrypoint="python -m cluster.doctor_facts",
+                        runtime_env={
+                            "working_dir": str(folder),
+                            "env_vars": {"DATAMIX_DOCTOR": json.dumps(request)},
+                        },
+                        entrypoint_num_cpus=0,
+                    )
+                )
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _short(error: Exception) -> str:
+    """An error's text on one line."""
+    return " ".join(str(error).split())[:300]
 
 
 def read_answer(logs: str) -> Facts:

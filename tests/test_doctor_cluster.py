@@ -489,7 +489,7 @@ def run(arguments: list[str]) -> int:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=170,
     )
     print(done.stdout, done.stderr)
     return done.returncode
@@ -523,10 +523,17 @@ def two_raylets(other: dict[str, str]) -> Iterator[tuple[str, str, int]]:
         "object_store_memory": 80 << 20,
         "include_dashboard": True,
         "dashboard_port": port,
+        # Its default would meet that of another cluster on this machine.
+        "dashboard_agent_listen_port": free_port(),
     }
     raylets = Raylets(initialize_head=True, head_node_args=head)
     try:
-        second = raylets.add_node(num_cpus=1, object_store_memory=80 << 20, env_vars=other)
+        second = raylets.add_node(
+            num_cpus=1,
+            object_store_memory=80 << 20,
+            dashboard_agent_listen_port=free_port(),
+            env_vars=other,
+        )
         (process,) = second.all_processes["raylet"]
         yield raylets.address, f"http://127.0.0.1:{port}", process.process.pid
     finally:
@@ -537,6 +544,7 @@ def two_raylets(other: dict[str, str]) -> Iterator[tuple[str, str, int]]:
 
 
 @pytest.mark.cluster
+@pytest.mark.timeout(400)
 def test_a_node_that_differs_and_one_that_is_stuck(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "datamix", tmp_path / "datamix", ignore=lambda *_: ["__pycache__"])
     (tmp_path / "datamix/errors.py").write_text("# another release\n")
@@ -544,8 +552,8 @@ def test_a_node_that_differs_and_one_that_is_stuck(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     with two_raylets(other) as (address, dashboard, raylet):
         # Through the dashboard: two files travel as a job.
-        asked = ["doctor", "--address", dashboard, "--bundle", str(tmp_path), "--json", str(report)]
-        assert run(asked) == 1
+        asked = ["doctor", "--address", dashboard, "--timeout", "60", "--json", str(report)]
+        assert run([*asked, "--bundle", str(tmp_path)]) == 1
         found = {c["name"]: c for c in json.loads(report.read_text())["checks"]}
         assert found["nodes"]["found"] == "2 answer"
         assert found["Serve"]["found"] == "it does not run on this cluster"
@@ -565,6 +573,50 @@ def test_a_node_that_differs_and_one_that_is_stuck(tmp_path: Path) -> None:
         assert found["nodes"]["status"] == "fail"
         assert "no answer in 10 s" in found["nodes"]["found"]
         assert found["code"]["status"] == "ok"  # of the one that does answer
+
+
+class Dashboard:
+    """A dashboard that takes a job only when it is asked for the third time."""
+
+    def __init__(self, reason: str) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.reason = reason
+
+    def submit_job(self, **job: Any) -> str:
+        self.asked.append(job)
+        files = Path(job["runtime_env"]["working_dir"], "cluster").iterdir()
+        assert {file.name for file in files} == set(doctor_facts._FILES)
+        if len(self.asked) < 3:
+            raise RuntimeError(f"Request failed with status code 500: {self.reason}")
+        return "job"
+
+
+REQUEST: doctor_facts.Request = {
+    "bundles": [],
+    "packages": [],
+    "devices": 1,
+    "timeout_s": 30.0,
+}
+
+
+def test_a_cluster_that_has_just_started_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    dashboard = Dashboard("No available agent to submit job, please try again later.")
+    assert doctor_facts._submit(dashboard, REQUEST) == "job"
+    environment = dashboard.asked[0]["runtime_env"]
+    assert json.loads(environment["env_vars"]["DATAMIX_DOCTOR"]) == REQUEST
+    assert not Path(environment["working_dir"]).exists()
+    other = Dashboard("no such route")
+    with pytest.raises(RuntimeError, match="no such route"):
+        doctor_facts._submit(other, REQUEST)
+    assert len(other.asked) == 1
+
+
+def test_no_dashboard_is_said_in_one_sentence() -> None:
+    from cluster.local import free_port
+
+    with pytest.raises(doctor_facts.Unreachable, match="no Ray dashboard answers at http://127"):
+        doctor_facts.by_job(f"http://127.0.0.1:{free_port()}", REQUEST)
 
 
 def test_nobody_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
