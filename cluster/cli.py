@@ -403,6 +403,14 @@ def token(
 def doctor(
     bundle: Annotated[str | None, typer.Option(help="Verify this bundle, a folder or URI.")] = None,
     url: Annotated[str | None, typer.Option(help="Check this running cloud, not ports.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Check every node of this running cluster, not this machine: auto, host:port of "
+            "Ray, or http://host:8265 of its dashboard."
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds in which a node must answer.")] = 30,
     devices: Annotated[int, typer.Option(help="Devices to be connected at once.")] = 2000,
     port: Annotated[int, typer.Option(help="Where datamix serve shall listen.")] = 8000,
     ca_file: CaFile = None,
@@ -416,7 +424,15 @@ def doctor(
     from cluster.doctor import diagnose, healthy, show, write_json
 
     authorities = None if ca_file is None else str(ca_file)
-    checks = diagnose(bundle=bundle, url=url, devices=devices, port=port, ca_file=authorities)
+    checks = diagnose(
+        bundle=bundle,
+        url=url,
+        devices=devices,
+        port=port,
+        ca_file=authorities,
+        address=address,
+        timeout_s=timeout,
+    )
     show(checks, Console())
     if json_path is not None:
         write_json(checks, json_path)
