@@ -21,7 +21,6 @@ from typing import Any
 
 from datamix.errors import DataMixError
 from deployments import logs, oip, websocket
-from deployments import oip, websocket
 from deployments.batcher import EngineHangs
 from deployments.catalog import Catalog
 from deployments.config import Config
