@@ -1,0 +1,1 @@
+"""Watching a cluster: Prometheus, Grafana, the live page."""
