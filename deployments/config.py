@@ -55,6 +55,10 @@ class Config(BaseModel):
             engine must be exact enough to take noise off its answers: ``auto`` is float32 then, and
             a dtype beyond a bundle's tolerance is refused.
         health_timeout_s: how long the engine may take to answer a health probe.
+        price_per_hour: what a replica costs in an hour, in any currency, with its share of the
+            machine; cost per 1,000 inferences is made from it (docs/monitoring.md). None: unknown.
+        power_watts: what a replica draws with its share of the machine, where no GPU measures it;
+            likewise for joules.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,6 +86,8 @@ class Config(BaseModel):
     tokens_file: str | None = Field(default=None, min_length=1)
     operator: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$")
     health_timeout_s: float = Field(default=8.0, gt=0, allow_inf_nan=False)
+    price_per_hour: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    power_watts: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @property
     def bundles(self) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""Prometheus for a cluster: configurations, rules, alerts, and `datamix monitor`."""
