@@ -32,6 +32,7 @@ from cluster.options import (
     SecondTokenFile,
     SecondUrl,
     TokenFile,
+    TraceEndpoint,
     read_token,
 )
 from cluster.report_cli import compare, report
@@ -179,6 +180,7 @@ def serve(
     prefix: Annotated[
         str, typer.Option(help="Path under which it is found there, such as /operator-b.")
     ] = "/",
+    trace_endpoint: TraceEndpoint = None,
 ) -> None:
     """Serve a bundle's backbone in the foreground; Ctrl-C takes everything down."""
     from cluster.local import absolute
@@ -198,6 +200,7 @@ def serve(
         max_request_rows=min(128, max_batch_rows),
         tokens_file=None if tokens_file is None else str(tokens_file.absolute()),
         operator=operator,
+        trace_endpoint=trace_endpoint,
     )
     run(config, port=port, replicas=replicas, address=address, name=name, prefix=prefix)
 
@@ -278,6 +281,7 @@ def infer(
     source: Annotated[str, typer.Option(help="Whose inputs these are, in the ledger.")] = "infer",
     token_file: TokenFile = None,
     ca_file: CaFile = None,
+    trace_endpoint: TraceEndpoint = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write classes and outputs to this file.")
     ] = None,
@@ -287,6 +291,7 @@ def infer(
     from edge.device import open_device
     from edge.files import read_inputs
     from edge.ledger import Ledger
+    from edge.tracing import tracing
 
     device = open_device(bundle, runtime=runtime)
     names, inputs = read_inputs(files, device.manifest.preprocessing)
@@ -309,6 +314,7 @@ def infer(
                 ledger=book,
                 source=source,
                 config=ClientConfig(timeout_s=timeout),
+                tracer=stack.enter_context(tracing(trace_endpoint)),
             )
         )
         outputs = client.infer(inputs)

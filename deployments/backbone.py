@@ -19,7 +19,7 @@ from importlib.metadata import version as installed_version
 from typing import Any
 
 from datamix.errors import DataMixError
-from deployments import oip, websocket
+from deployments import logs, oip, websocket
 from deployments.catalog import Catalog
 from deployments.config import Config
 from deployments.load import Load
@@ -32,6 +32,7 @@ from deployments.store import RayStore, Store
 from deployments.streams import Streams
 from deployments.table import Table, read_table
 from deployments.tokens import Tokens
+from deployments.tracing import Tracing
 
 _PUBLISH_PERIOD_S = 1.0
 _FOLLOW_PERIOD_S = 2.0
@@ -75,6 +76,9 @@ class Backbone:
         self.expander = Expander(config, loop, self.clock)
         self.streams = Streams(config, self.traffic, self.tokens, self.clock)
         self.streams.start()
+        self.tracing = None
+        if config.trace_endpoint is not None:
+            self.tracing = Tracing.to(config.trace_endpoint, config.traces_per_s)
         self._load = Load(self.clock)
         self._replica = secrets.token_hex(4)
         self._started = self.clock()
@@ -84,6 +88,7 @@ class Backbone:
             hello = announce(peers, config.rotate_streams_within_s)
             self._tasks.append(loop.create_task(hello))
         if backend is None:
+            logs.install(config.logs)
             gpus_expected = config.device != "cpu"
             self._tasks.append(loop.create_task(publish_node(gpus_expected=gpus_expected)))
             # In a process of Ray's: a full collection would stop the event loop for 0.1 s to look
@@ -124,6 +129,8 @@ class Backbone:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            if self.tracing is not None:
+                await self.tracing.close()
 
     async def rotate_streams(self, share: float, within_s: float, asked_by: str = "") -> int:
         """Send a share of the devices elsewhere, oldest streams first: to replicas that are new.
