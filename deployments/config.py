@@ -59,6 +59,10 @@ class Config(BaseModel):
         logs: ``text``, or ``json`` for an object per line; with ids of requests.
         traces_per_s: requests traced per second and replica, at most.
         health_timeout_s: how long the engine may take to answer a health probe.
+        price_per_hour: what a replica costs in an hour, in any currency, with its share of the
+            machine; cost per 1,000 inferences is made from it (docs/monitoring.md). None: unknown.
+        power_watts: what a replica draws with its share of the machine, where no GPU measures it;
+            likewise for joules.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -89,6 +93,8 @@ class Config(BaseModel):
     logs: Literal["text", "json"] = "text"
     traces_per_s: float = Field(default=100.0, ge=1, allow_inf_nan=False)
     health_timeout_s: float = Field(default=8.0, gt=0, allow_inf_nan=False)
+    price_per_hour: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    power_watts: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @property
     def bundles(self) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ def test_a_dashboard_has_all_panels_and_no_two_in_one_place(board: object) -> No
     made = grafana.dashboard(board)  # type: ignore[arg-type]
     panels = [one for one in made["panels"] if one["type"] != "row"]
     assert [one["title"] for one in panels] == [one.title for one in board.panels]  # type: ignore[attr-defined]
-    taken = set()
+    taken: set[tuple[int, int]] = set()
     for one in made["panels"]:
         place = one["gridPos"]
         cells = {

@@ -1,1 +1,1 @@
-"""Watching a cluster: Prometheus, Grafana, the live page."""
+"""Watching a cluster: Prometheus with its rules, Grafana, the live page."""

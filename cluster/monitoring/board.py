@@ -7,6 +7,7 @@ live page nothing. ``$window`` is the range of a rate.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -139,8 +140,8 @@ INFERENCES = Panel(
 QUEUE_HEAT = Panel(
     "queue_heat",
     "Wait for the engine",
-    "From a request's arrival to the start of its batch, the oldest request of each batch. Darker: "
-    "more batches.",
+    "From a request's arrival to the start of its batch, the oldest request of each batch. The "
+    "stronger the colour, the more batches.",
     "seconds",
     (Query(_rate("batch_queue_seconds_bucket", "le"), "{{le}}"),),
     kind="heat",
@@ -211,7 +212,7 @@ FILL = Panel(
 BATCH_ROWS = Panel(
     "batch_rows",
     "Rows in a batch",
-    "Darker: more batches of that size.",
+    "The stronger the colour, the more batches of that size.",
     "rows",
     (Query(_rate("batch_rows_bucket", "le"), "{{le}}"),),
     kind="heat",
@@ -515,8 +516,8 @@ def fill(expression: str, *, filters: str, node: str, cluster: str, window: str)
         cluster: the same for what there is once in a cluster.
         window: the range of rates, such as ``1m``.
     """
-    named = {"$filter": filters, "$node": node, "$cluster": cluster, "$window": window}
-    for name, value in named.items():
-        expression = expression.replace(name, value)
+    named = {"filter": filters, "node": node, "cluster": cluster, "window": window}
+    # In one pass: what is put in may hold Grafana's variables, of the same names.
+    filled = re.sub(r"\$(\w+)", lambda found: named[found[1]], expression)
     # Without matchers a comma may be left over at the start.
-    return expression.replace("{,", "{")
+    return filled.replace("{,", "{")

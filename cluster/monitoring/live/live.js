@@ -123,6 +123,7 @@ class Panel {
     if (this.plot && this.key === key) {
       if (this.plot.width !== width) this.plot.setSize({ width, height: 170 });
       this.plot.setData(data);
+      this.showNewest(times);
       return;
     }
     this.plot?.destroy();
@@ -148,6 +149,12 @@ class Panel {
         })),
       ],
     }, data, this.chart);
+    this.showNewest(times);
+  }
+
+  // In the legend, unless somebody points at another moment.
+  showNewest(times) {
+    if (this.plot.cursor.idx == null) this.plot.setLegend({ idx: times.length - 1 });
   }
 
   // A column per moment, a row per bucket, as dark as its share of the column's largest.
