@@ -82,7 +82,7 @@ class Launched:
     def prepare(self, *numbers: int) -> None:
         """Put the packages on hosts: a virtual environment where the file looks for one."""
         for number in numbers:
-            self.hosts.run(number, f"ln -s {sys.prefix} {HOME}/datamix-env")
+            self.hosts.run(number, f"ln -sfn {sys.prefix} {HOME}/datamix-env")
 
     def up(self) -> None:
         """`datamix up`: ray up, serve deploy."""
