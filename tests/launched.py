@@ -86,11 +86,11 @@ class Launched:
 
     def up(self) -> None:
         """`datamix up`: ray up, serve deploy."""
-        self.datamix(f"up {self.file} --serve {self.serve} --yes", timeout_s=240)
+        self.datamix(f"up {self.file} --serve {self.serve} --yes", timeout_s=400)
 
     def down(self) -> None:
         """`datamix down`: ray down."""
-        self.datamix(f"down {self.file} --yes", timeout_s=120)
+        self.datamix(f"down {self.file} --yes", timeout_s=200)
 
     def url(self, number: int) -> str:
         """A node's front door."""

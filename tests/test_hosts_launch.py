@@ -12,7 +12,7 @@ import pytest
 
 from tests.launched import HEAD, USER, WORKERS, Launched, until
 
-pytestmark = [pytest.mark.hosts, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
 
 
 def check(report: dict[str, Any]) -> None:
