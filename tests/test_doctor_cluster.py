@@ -45,6 +45,7 @@ def node_facts(name: str) -> dict[str, Any]:
         "descriptors": 262144,
         "cpus": 8,
         "gpu_driver": "570.86.15",
+        "local_ports": 28232,
         "listeners": {"8000": "haproxy"},
         "front_door": {"status": 200, "server": "", "reason": ""},
         "token_file": False,
@@ -174,6 +175,7 @@ CASES: list[tuple[str, str, Any, str, str]] = [
     ("HAProxy's connections", "devices", 200_000, "fail", "131072 devices in, of 200000"),
     ("HAProxy's connections", FIRST + "haproxy.maxconn", 4096, "warn", "share (5000) on 10.0.0.1"),
     ("file descriptors", FIRST + "haproxy.descriptors", 4096, "fail", "1558 devices of 5000"),
+    ("ports to replicas", FIRST + "local_ports", 2000, "fail", "2000 ports on 10.0.0.1 for 2500"),
     ("HAProxy's threads", FIRST + "haproxy.threads", 16, "warn", "16 threads on 8 processors"),
     ("versions", FIRST + "python", "3.11.9", "fail", "Python 3.11.7 on 10.0.0.2; 3.11.9 on"),
     ("versions", FIRST + "packages.ray", "2.59.0", "fail", "ray 2.59.0 on 10.0.0.1; 2.60.0 on"),
@@ -407,6 +409,14 @@ def test_a_gpu_driver(tmp_path: Path) -> None:
     text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan 23\n"
     (tmp_path / "proc/driver/nvidia/version").write_text(text)
     assert doctor_node.gpu_driver(tmp_path) == "570.86.15"
+
+
+def test_local_ports(tmp_path: Path) -> None:
+    assert doctor_node.local_ports(tmp_path) == 0
+    folder = tmp_path / "proc/sys/net/ipv4"
+    folder.mkdir(parents=True)
+    (folder / "ip_local_port_range").write_text("32768\t60999\n")
+    assert doctor_node.local_ports(tmp_path) == 28232
 
 
 def test_a_token_file(tmp_path: Path) -> None:
