@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cluster import cli, doctor, doctor_cluster, doctor_facts, doctor_node
 from cluster.doctor import Check
@@ -360,6 +361,44 @@ def test_serve_details_are_read() -> None:
     assert deployment["health_check_period_s"] == 10
     assert (deployment["policy"], deployment["delays_s"]) == ("default", [30.0])
     assert (deployment["replicas"], deployment["resources"]) == (1, {"CPU": 1.0})
+
+
+def test_what_is_shipped_falls_into_no_trap() -> None:
+    """serve.yaml as Serve's controller tells of it, through Serve's own models."""
+    from ray.serve.schema import DeploymentSchema, ServeDeploySchema
+
+    text = (ROOT / "deployments/serve.yaml").read_text()
+    whole = ServeDeploySchema.model_validate(yaml.safe_load(text))
+    (application,) = whole.applications
+    (deployment,) = application.deployments
+    applied = DeploymentSchema.model_validate(deployment.model_dump(exclude_unset=True))
+    details = {
+        "http_options": whole.http_options.model_dump(),
+        "proxies": {"1": {"status": "HEALTHY"}},
+        "applications": {
+            "datamix": {
+                "name": "datamix",
+                "status": "RUNNING",
+                "deployed_app_config": application.model_dump(exclude_unset=True),
+                "deployments": {
+                    "Backbone": {
+                        "name": "Backbone",
+                        "status": "HEALTHY",
+                        "deployment_config": applied.model_dump(exclude_unset=True),
+                        "required_resources": {"CPU": 2, "GPU": 1},
+                        "replicas": [{}],
+                    }
+                },
+            }
+        },
+    }
+    served = doctor_facts.read_serve(details)
+    assert served["applications"][0]["bundles"] == [BUNDLE]
+    facts: Any = healthy() | {"serve": served}
+    wrong = [check for check in doctor_cluster.judge(facts) if check.status != "ok"]
+    assert wrong == []
+    (found,) = served["applications"][0]["deployments"]
+    assert "PredictedWait" in found["policy"] and found["delays_s"] == [0.0, 0.0]
 
 
 def test_the_answer_of_a_job() -> None:
