@@ -80,6 +80,11 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
             ("cheapest_locust_over_fleet", ">=", 5.0),
         ],
     ),
+    "ray_up": (
+        "How long from `ray up` to the first answered request, where the packages are on the "
+        "machines?",
+        [("first_answer_s", "<=", 120.0), ("failed", "<=", 0.0), ("wrong", "<=", 0.0)],
+    ),
     "fleet_scale": (
         "Do 10,000 devices on two cores send on time, beside the cloud that answers them?",
         [
