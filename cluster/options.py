@@ -35,6 +35,10 @@ SecondTokenFile = Annotated[Path | None, typer.Option(help="File with operator B
 AllowSameOperator = Annotated[
     bool, typer.Option(help="Go on where both ends have one operator: NOT private.")
 ]
+TraceEndpoint = Annotated[
+    str | None,
+    typer.Option(help="Export traces there by OTLP: http://host:4318/v1/traces (docs/tracing.md)."),
+]
 
 
 def read_token(file: Path | None) -> str | None:

@@ -61,7 +61,7 @@ def serve(
         else:
             url = stack.enter_context(_on_cluster(config, address, port, replicas, name, prefix))
         print(f"serving at {url}, Ctrl-C ends it", flush=True)
-        _wait_for_signal()
+        wait_for_signal()
 
 
 @contextlib.contextmanager
@@ -99,7 +99,8 @@ def _on_cluster(
         ray.shutdown()
 
 
-def _wait_for_signal() -> None:
+def wait_for_signal() -> None:
+    """Return at Ctrl-C or SIGTERM."""
     done = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -18,6 +18,7 @@ normal distribution has 1 in 2^57. A seed is a key: it is used once.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,31 +40,18 @@ def gaussians(seed: bytes, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     Raises:
         ConfigError: the seed does not have 32 bytes, or the shape has no values.
     """
-    # Here, as whoever reads a message needs none of it.
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+    return expand([seed], shape).reshape(shape)
 
-    if len(seed) != SEED_BYTES:
-        raise ConfigError(f"seed has {len(seed)} bytes, expected {SEED_BYTES}")
-    if min(shape, default=0) < 1:
-        raise ConfigError(f"shape of noise is {shape}, expected positive sizes")
-    count = math.prod(shape)
-    pairs = (count + 1) // 2
-    stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor()
-    words = np.frombuffer(stream.update(bytes(16 * pairs)), "<u8").reshape(2, pairs)
-    # In place, since memory that is fresh costs as much as the arithmetic. The half keeps zero,
-    # which has no logarithm, out; next to 1 it is rounded away.
-    uniform = np.add(words >> np.uint64(11), 0.5)
-    uniform *= 2.0**-53
-    radius, angle = uniform
-    np.log(radius, out=radius)
-    radius *= -2
-    np.sqrt(radius, out=radius)
-    angle *= 2 * np.pi
-    values = np.empty((2, pairs))
-    np.cos(angle, out=values[0])
-    np.sin(angle, out=values[1])
-    values *= radius
-    return values.reshape(-1)[:count].reshape(shape)
+
+def expand(seeds: Sequence[bytes], shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """A row of standard normal values for each seed: (rows, *shape) float64.
+
+    Raises:
+        ConfigError: a seed does not have 32 bytes, or the shape has no values.
+    """
+    noise = np.empty(_rows_of(len(seeds), shape))
+    _fill(noise, seeds)
+    return noise
 
 
 def expand_rows(rows: Array, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
@@ -73,10 +61,81 @@ def expand_rows(rows: Array, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         ConfigError: the shape has no values.
         WireError: seeds of another shape or type.
     """
-    noise = np.empty((len(rows), *shape), np.float32)
-    for row, seed in zip(noise, from_rows(rows), strict=True):
-        row[...] = gaussians(seed, shape)
+    noise = np.empty(_rows_of(len(rows), shape), np.float32)
+    _fill(noise, from_rows(rows))
     return noise
+
+
+def _rows_of(rows: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if min(shape, default=0) < 1:
+        raise ConfigError(f"shape of noise is {shape}, expected positive sizes")
+    return (rows, *shape)
+
+
+def _fill(noise: Array, seeds: Sequence[bytes]) -> None:
+    maker = _Maker(math.prod(noise.shape[1:]))
+    try:
+        for row, seed in zip(noise, seeds, strict=True):
+            maker.make(seed, row.reshape(-1))
+    finally:
+        maker.wipe()
+
+
+class _Maker:
+    """Makes rows of ``count`` values, in memory that is used again for each.
+
+    Memory that is fresh for every step costs more than the arithmetic.
+    """
+
+    def __init__(self, count: int) -> None:
+        pairs = (count + 1) // 2
+        self._zeros = bytes(16 * pairs)
+        # Ciphers want room for most of a block beyond what they write.
+        self._stream = np.zeros(16 * pairs + 64, np.uint8)
+        self._words = self._stream[: 16 * pairs].view("<i8").reshape(2, pairs)
+        self._uniform = np.empty((2, pairs))
+        self._square = np.empty(pairs)
+
+    def make(self, seed: bytes, out: Array) -> None:
+        """Fill ``out`` (count,) of float64 or float32."""
+        # Here, as whoever reads a message needs none of it.
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
+        if len(seed) != SEED_BYTES:
+            raise ConfigError(f"seed has {len(seed)} bytes, expected {SEED_BYTES}")
+        cipher = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor()
+        cipher.update_into(self._zeros, self._stream.data)
+        # Floor of w / 2^11, as signed words, which become floats faster; the shift keeps the sign,
+        # so the mask takes what it copied.
+        words = self._words
+        words >>= 11
+        words &= (1 << 53) - 1
+        # The half keeps zero, which has no logarithm, out; next to 1 it is rounded away.
+        np.add(words, 0.5, out=self._uniform)
+        radius, tangent = self._uniform
+        radius *= 2.0**-53
+        np.log(radius, out=radius)
+        radius *= -2
+        np.sqrt(radius, out=radius)
+        # One tangent of half the angle in place of a sine and a cosine, which take six times as
+        # long: cos a = 2 / (1 + t^2) - 1, sin a = 2 t / (1 + t^2).
+        tangent *= np.pi * 2.0**-53
+        np.tan(tangent, out=tangent)
+        square = np.multiply(tangent, tangent, out=self._square)
+        square += 1
+        np.divide(2, square, out=square)
+        tangent *= square
+        square -= 1
+        pairs = len(radius)
+        # Into float64 and float32 alike: computed in float64, then rounded.
+        np.multiply(radius, square, out=out[:pairs], casting="same_kind")
+        rest = len(out) - pairs
+        np.multiply(radius[:rest], tangent[:rest], out=out[pairs:], casting="same_kind")
+
+    def wipe(self) -> None:
+        """Overwrite what seeds left."""
+        for used in (self._stream, self._uniform, self._square):
+            used.fill(0)
 
 
 def to_rows(seeds: Array) -> npt.NDArray[np.int8]:

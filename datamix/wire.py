@@ -28,6 +28,8 @@ from datamix.framing import DTYPES as DTYPES  # part of this module's interface
 from datamix.framing import Dtype as Dtype
 from datamix.noise import MAP as NOISE_MAP
 from datamix.noise import SEED_BYTES, to_rows
+from datamix.tracing import FIELD as TRACEPARENT
+from datamix.tracing import Parent
 from datamix.unframing import Reader
 
 PROTOCOL = "1"
@@ -55,6 +57,7 @@ class Request(NamedTuple):
         deadline_s: the budget left on arrival, in seconds; None for no deadline.
         priority: 0 normal, 1 low.
         noise: the features are seeds (rows, 32), to be expanded by :mod:`datamix.noise`.
+        traceparent: the device's span that this belongs to (:mod:`datamix.tracing`); mostly None.
     """
 
     features: Array
@@ -66,6 +69,7 @@ class Request(NamedTuple):
     deadline_s: float | None = None
     priority: int = 0
     noise: bool = False
+    traceparent: str | None = None
 
     @property
     def rows(self) -> int:
@@ -271,10 +275,12 @@ def encode_request(
     deadline_s: float | None = None,
     priority: int = 0,
     step: float | None = None,
+    traceparent: str | None = None,
 ) -> bytes:
     """Mixtures (rows, *shape), any float dtype, as one message of value type ``dtype``.
 
-    ``step`` is the scale of all rows of integers, where it is not to be made of their values.
+    ``step`` is the scale of all rows of integers, where it is not to be made of their values;
+    ``traceparent`` the span of the device that this request belongs to (:mod:`datamix.tracing`).
 
     Raises:
         NonFinite: a value is not finite, or more than ``dtype`` holds.
@@ -282,7 +288,9 @@ def encode_request(
     """
     if features.ndim < 2 or not features.size:
         raise WireError(f"features have shape {features.shape}, expected (rows, *shape), not empty")
-    values, fields = _request_fields(request_id, model, model_version, block, deadline_s, priority)
+    values, fields = _request_fields(
+        request_id, model, model_version, block, deadline_s, priority, traceparent
+    )
     quantised, scale = quantise(features, dtype, step=step)
     layout = template(dtype, quantised.shape, fields)
     return b"".join(layout.fill(values, quantised, scale))
@@ -319,6 +327,7 @@ def _request_fields(
     block: int,
     deadline_s: float | None,
     priority: int,
+    traceparent: str | None = None,
 ) -> tuple[tuple[bytes, ...], tuple[tuple[str, str | int], ...]]:
     """A request's metadata: the values that change, and the template's fields."""
     if not 0 <= block < 10**12:
@@ -343,7 +352,15 @@ def _request_fields(
         fields.append(("datamix.deadline_ms", len(values[1])))
     if priority:
         fields.append(("datamix.priority", str(priority)))
+    if traceparent is not None:
+        values.append(str(Parent.parse(traceparent)).encode())
+        fields.append((TRACEPARENT, len(values[-1])))
     return tuple(values), tuple(fields)
+
+
+def _traceparent(variables: Values) -> str | None:
+    text = variables.get(TRACEPARENT)
+    return None if text is None else str(Parent.parse(text))
 
 
 class _Fixed(NamedTuple):
@@ -386,7 +403,9 @@ def _check_seeds(features: Array, scale: Array | None) -> None:
         )
 
 
-requests = Reader(frozenset({"datamix.request_id", "datamix.deadline_ms"}), _read_fixed)
+requests = Reader(
+    frozenset({"datamix.request_id", "datamix.deadline_ms", TRACEPARENT}), _read_fixed
+)
 
 
 def decode_request(body: Buffer, *, max_bytes: int = 1 << 24, max_rows: int = 1 << 12) -> Request:
@@ -413,6 +432,7 @@ def decode_request(body: Buffer, *, max_bytes: int = 1 << 24, max_rows: int = 1 
         *fixed[:3],
         None if deadline_ms is None else deadline_ms / 1000,
         *fixed[3:],
+        _traceparent(variables),
     )
 
 

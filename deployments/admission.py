@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Of a request that gets this status. Refusals under load come by the thousands, and metrics count
+# them.
+_LEVELS = {429: logging.DEBUG, 504: logging.DEBUG, 500: logging.ERROR, 503: logging.WARNING}
+
 
 class Route(NamedTuple):
     """Where a path leads: a model, perhaps a version, and what to do with it."""
@@ -37,6 +41,7 @@ class Admission:
         self.traffic = backbone.traffic
         self._catalog = backbone.catalog
         self._expander = backbone.expander
+        self._tracing = backbone.tracing
         self._clock = backbone.clock
         self._max_bytes = backbone.config.max_request_bytes
         self._max_rows = backbone.config.max_request_rows
@@ -67,25 +72,49 @@ class Admission:
         model.check(request)
         model.offered_requests += 1
         model.offered_rows[request.block] += request.rows
+        followed = None
+        if request.traceparent is not None and self._tracing is not None:
+            followed = self._tracing.follow(request.traceparent, model, request, done)
         deadline_s = request.deadline_s
         job = Job(
             block=request.block,
             rows=Rows(request.features, request.scale),
-            done=done,
+            done=done if followed is None else followed,
             deadline=None if deadline_s is None else self._clock() + deadline_s,
             priority=request.priority,
         )
+        try:
+            self._offer(model, request, job)
+        except DataMixError as error:
+            if followed is not None:
+                followed.refuse(error)
+            raise
+        return job
+
+    def _offer(self, model: ServedModel, request: wire.Request, job: Job) -> None:
         if request.noise:
             shape = model.engine.blocks[request.block].input_shape
             self._expander.offer(model.batcher, request, job, shape)
         else:
             model.batcher.offer(job)
-        return job
 
-    def count(self, model: ServedModel | None, outcome: bytes | DataMixError) -> None:
-        """Count one answer, for its model where one was found."""
+    def count(
+        self, model: ServedModel | None, outcome: bytes | DataMixError, request_id: str = ""
+    ) -> None:
+        """Count one answer, for its model where one was found; an error is written down, too."""
         outcomes = self.traffic.astray if model is None else model.outcomes
-        outcomes[str(outcome.status) if isinstance(outcome, DataMixError) else "ok"] += 1
+        if not isinstance(outcome, DataMixError):
+            outcomes["ok"] += 1
+            return
+        outcomes[str(outcome.status)] += 1
+        level = _LEVELS.get(outcome.status, logging.INFO)
+        if logger.isEnabledFor(level):
+            # By its type: an error's sentence can quote what a stranger sent.
+            told = {"request_id": request_id, "status": outcome.status}
+            told["error"] = type(outcome).__name__
+            if model is not None:
+                told |= {"model": model.name, "model_version": model.version}
+            logger.log(level, "request was not answered", extra=told)
 
 
 def encode(

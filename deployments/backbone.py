@@ -20,12 +20,13 @@ from importlib.metadata import version as installed_version
 from typing import Any
 
 from datamix.errors import DataMixError
-from deployments import oip, websocket
+from deployments import logs, oip, websocket
 from deployments.batcher import EngineHangs
 from deployments.catalog import Catalog
 from deployments.config import Config
 from deployments.load import Load
 from deployments.metrics import Backend, RayBackend, Traffic, TrafficRecorder
+from deployments.node import publish_node
 from deployments.peers import Peers, RayPeers, announce
 from deployments.protocol import Protocol
 from deployments.seeds import Expander
@@ -33,6 +34,7 @@ from deployments.store import RayStore, Store
 from deployments.streams import Streams
 from deployments.table import Table, read_table
 from deployments.tokens import Tokens
+from deployments.tracing import Tracing
 
 _PUBLISH_PERIOD_S = 1.0
 _FOLLOW_PERIOD_S = 2.0
@@ -79,6 +81,9 @@ class Backbone:
         self.expander = Expander(config, loop, self.clock)
         self.streams = Streams(config, self.traffic, self.tokens, self.clock)
         self.streams.start()
+        self.tracing = None
+        if config.trace_endpoint is not None:
+            self.tracing = Tracing.to(config.trace_endpoint, config.traces_per_s)
         self._load = Load(self.clock)
         self._replica = secrets.token_hex(4)
         self._started = self.clock()
@@ -88,6 +93,9 @@ class Backbone:
             hello = announce(peers, config.rotate_streams_within_s)
             self._tasks.append(loop.create_task(hello))
         if backend is None:
+            logs.install(config.logs)
+            gpus_expected = config.device != "cpu"
+            self._tasks.append(loop.create_task(publish_node(gpus_expected=gpus_expected)))
             # In a process of Ray's: a full collection would stop the event loop for 0.1 s to look
             # at the quarter of a million objects that were there before the first request.
             gc.collect()
@@ -139,6 +147,8 @@ class Backbone:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            if self.tracing is not None:
+                await self.tracing.close()
 
     async def rotate_streams(self, share: float, within_s: float, asked_by: str = "") -> int:
         """Send a share of the devices elsewhere, oldest streams first: to replicas that are new.
@@ -254,11 +264,14 @@ class Backbone:
         }
 
     async def _publish(self) -> None:
-        recorder = TrafficRecorder(self._backend)
+        config = self.config
+        recorder = TrafficRecorder(self._backend, config.price_per_hour, config.power_watts)
         while True:
             await asyncio.sleep(_PUBLISH_PERIOD_S)
             try:
                 recorder.publish(self.traffic)
+                recorder.costs(self.clock() - self._started)
+                recorder.versions(self.catalog.status())
                 for model in self.catalog:
                     model.publish()
             except Exception:

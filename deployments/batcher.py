@@ -135,6 +135,7 @@ class Batcher:
             if deadline is not None and deadline - job.arrived < dispatch.longest_s(job.count):
                 dispatch.check_deadline(job, deadline)
             if not queue.offer(job) and not (self._sweep() and queue.offer(job)):
+                self.statistics.shed_rows["queue"] += job.count
                 raise Overloaded(
                     f"{queue.refusal(job)}, try again later",
                     retry_after_s=dispatch.wait_s(self._clock()),
@@ -162,6 +163,7 @@ class Batcher:
         now = self._clock()
         late: Results = [(job, _late(job, now)) for job in self._queue.sweep(now)]
         if late:
+            self.statistics.expired_rows += sum(job.count for job, _ in late)
             self._loop.call_soon(self._deliver, late)
         return self._queue.rows < before
 
@@ -246,6 +248,7 @@ class Batcher:
             self._wake_rows = step.wake_rows
         if step.expired:
             now = self._clock()
+            self.statistics.expired_rows += sum(job.count for job in step.expired)
             self._post([(job, _late(job, now)) for job in step.expired])
         if step.start is not None:
             self._start(step.start)
@@ -306,7 +309,8 @@ class Batcher:
         self.statistics.queue_s += queued_s
         first = min(job.arrived for job in flight.jobs)
         expected = flight.ends(begun) if flight.known else None
-        self._post(results, Timing(begun - first, compute_s, rows, reason), expected)
+        error_s = None if expected is None else begun + compute_s - expected
+        self._post(results, Timing(begun - first, compute_s, rows, reason, error_s), expected)
 
     def _fail(self, flight: Flight, error: Exception) -> None:
         """An engine that raised: find the requests to blame by running each half by itself.

@@ -40,6 +40,10 @@ class Statistics:
         close_reasons: batches by why they closed.
         queue_s: summed wait of all requests that were computed, in seconds.
         copied_bytes: bytes of rows that the engine copied on their way to where they are computed.
+        copy_s: summed time of the batches' copies to the engine's device, in seconds.
+        first_rows: rows computed of block 0: one for each input, however many rounds follow.
+        shed_rows: rows refused on arrival, by why: ``queue`` or ``deadline``.
+        expired_rows: rows that waited until their deadline had come.
     """
 
     busy_s: float = 0.0
@@ -48,6 +52,10 @@ class Statistics:
     close_reasons: Counter[str] = field(default_factory=Counter)
     queue_s: float = 0.0
     copied_bytes: int = 0
+    copy_s: float = 0.0
+    first_rows: int = 0
+    shed_rows: Counter[str] = field(default_factory=Counter)
+    expired_rows: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -237,7 +245,10 @@ class Dispatch:
         statistics.batches += 1
         statistics.rows += flight.rows
         statistics.close_reasons[flight.close_reason] += 1
+        statistics.copy_s += copy_s
         block, cost = flight.block, self.costs[flight.block]
+        if block == 0:
+            statistics.first_rows += flight.rows
         if self._depth > 1:
             # What it took once its rows were there and the batch before it was out of the way.
             lead_s = flight.staged_s + copy_s
@@ -319,6 +330,7 @@ class Dispatch:
         predicted_s = self._predict_s(ahead, now) + own_s + lead_s + self.lateness.allowance_s
         left_s = deadline - now
         if predicted_s > left_s:
+            self.statistics.shed_rows["deadline"] += job.count
             raise Overloaded(
                 f"the answer is predicted in {predicted_s:.3g} s, after the deadline in "
                 f"{left_s:.3g} s, try again later",

@@ -49,7 +49,7 @@ class Exchange:
             self._admission.traffic.sent_bytes += self._stream.answer(parts)
 
     def _refuse(self, model: ServedModel | None, request_id: str, error: DataMixError) -> None:
-        self._admission.count(model, error)
+        self._admission.count(model, error, request_id)
         message = wire.encode_error(
             request_id, error.status, str(error), retry_after_s=error.retry_after_s
         )

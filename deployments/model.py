@@ -148,7 +148,15 @@ class ServedModel:
 
     def publish(self) -> None:
         """Publish the running totals as metrics."""
-        self._recorder.publish(self.batcher.statistics, self.outcomes, self.batcher.queue_rows)
+        batcher = self.batcher
+        self._recorder.publish(
+            batcher.statistics,
+            self.outcomes,
+            busy_s=batcher.busy_s,
+            queue_rows=batcher.queue_rows,
+            predicted_wait_s=batcher.predicted_wait_s(),
+            limit_rows=self._config.max_batch_rows,
+        )
 
     async def close(self, timeout_s: float) -> None:
         """Refuse new requests, answer the waiting ones, stop the engine's thread.

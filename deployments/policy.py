@@ -12,8 +12,9 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from datamix.errors import ConfigError
-from deployments.autoscaling import Observation, Settings, State, decide
+from deployments.autoscaling import Decision, Observation, Settings, State, decide
 from deployments.capacity import Report
+from deployments.metrics import Backend, Decisions, RayBackend, rows
 
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
@@ -43,6 +44,11 @@ class PredictedWait:
                     f"autoscaling has no setting {name!r}, expected one of {', '.join(names)}"
                 )
         self.settings = Settings(**settings)
+        self._decisions: Decisions | None = None
+
+    def publish_to(self, backend: Backend) -> None:
+        """Publish decisions there; without it, to Ray's metrics agent where there is a Ray."""
+        self._decisions = Decisions(backend)
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """Decide for one deployment; the state lives in Serve's own."""
@@ -56,7 +62,28 @@ class PredictedWait:
                 *decision,
                 after.wait_s,
             )
+        self._publish(decision, after, ctx)
         return decision.replicas, {"state": after}
+
+    def _publish(self, decision: Decision, after: State, ctx: AutoscalingContext) -> None:
+        if self._decisions is None:
+            import ray
+
+            if not ray.is_initialized():  # as in a plan or a test, which have no metrics agent
+                return
+            self.publish_to(RayBackend(rows("autoscaler"), of_replica=False))
+        assert self._decisions is not None
+        try:
+            self._decisions.publish(
+                before=ctx.target_num_replicas,
+                target=decision.replicas,
+                running=len(ctx.running_replicas),
+                forecast_rows=decision.forecast_rows_per_s,
+                capacity_rows=decision.capacity_rows_per_s,
+                wait_s=after.wait_s,
+            )
+        except Exception:  # the decision stands
+            logger.exception("an autoscaling decision was not published")
 
 
 def observe(ctx: AutoscalingContext) -> Observation:

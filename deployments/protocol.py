@@ -131,13 +131,15 @@ class Protocol:
     async def _infer(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
         # Until the message is read, which may name another version.
         model = self._backbone.catalog.find(route.model, route.version)
+        request_id = ""
         try:
             request, answer = await self._read(scope, receive)
+            request_id = request.request_id
             model = self._admission.find(route, request)
             body, media, extra = answer(model, await self._compute(model, request))
         except Exception as fault:
             error = presentable(fault)
-            self._admission.count(model, error)
+            self._admission.count(model, error, request_id)
             await _reply_error(send, error)
             return
         self._admission.count(model, body)

@@ -40,12 +40,15 @@ class Timing:
         batch_rows: rows of the whole batch.
         close_reason: ``engine_free``, ``full``, ``deadline`` (more rows would have missed the
             target for a batch's time) or ``drain``.
+        error_s: how much later than predicted the batch was done, in seconds; None where nothing
+            was predicted, and in answers.
     """
 
     queue_s: float
     compute_s: float
     batch_rows: int
     close_reason: str
+    error_s: float | None = None
 
 
 class Computed(NamedTuple):

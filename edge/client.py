@@ -36,9 +36,12 @@ from edge.requester import ClientConfig as ClientConfig
 from edge.requester import Requester
 from edge.requester import RetryBudget as RetryBudget
 from edge.session import Device, Floats, Round, infer_group
+from edge.tracing import span
 from edge.transport import StreamTransport, Transport, UnaryTransport
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
+
     from datamix.bundle import Manifest
     from edge.cache import AnswerCache
     from edge.ledger import Ledger
@@ -79,6 +82,7 @@ class Client:
         session: str | None = None,
         cache: AnswerCache | None = None,
         config: ClientConfig | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """Open the bundle; the cloud is contacted on the first inference.
 
@@ -100,6 +104,8 @@ class Client:
             session: a name for this client's life in the ledger; None for a random one.
             cache: answers to inputs that came before, which are not sent again; None for none.
             config: timeouts, retries, concurrency.
+            tracer: OpenTelemetry's, for spans of what this client does and, where the cloud traces
+                too, of what it does with it (docs/tracing.md); None for none.
 
         Raises:
             BundleError: the bundle cannot be read or trusted.
@@ -119,6 +125,7 @@ class Client:
         self._source = source
         self._session = session or secrets.token_hex(4)
         self._cache = cache
+        self._tracer = tracer
         self._slots = asyncio.Semaphore(self.config.max_groups)
         self._dtype = wire_dtype(manifest, self.mode, self.config.wire_dtype)
         ca = None if ca_file is None else os.fspath(ca_file)
@@ -239,7 +246,13 @@ class Client:
             return np.empty((0, len(self.device.manifest.class_names)), np.float32)
         await self._check_operators()
         await self._charge(len(prepared))
-        features = await asyncio.to_thread(self.device.stem, prepared)
+        with span(self._tracer, "infer", inputs=len(prepared), mode=self.mode):
+            return (await self._infer_prepared(prepared))[: len(inputs)]
+
+    async def _infer_prepared(self, prepared: Floats) -> Floats:
+        """Outputs of preprocessed inputs, and of decoys behind them."""
+        with span(self._tracer, "stem"):
+            features = await asyncio.to_thread(self.device.stem, prepared)
         size = self.device.manifest.group_size
         if missing := -len(features) % size:
             features = np.concatenate([features, decoys(missing, features.shape[1:])])
@@ -250,7 +263,8 @@ class Client:
 
         async def group(start: int) -> Floats:
             async with self._slots:
-                return await self._infer_group(features[start : start + size])
+                with span(self._tracer, "group"):
+                    return await self._infer_group(features[start : start + size])
 
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -260,7 +274,7 @@ class Client:
         found = np.concatenate([task.result() for task in groups])
         outputs = np.empty_like(found)
         outputs[order] = found
-        return outputs[: len(inputs)]
+        return outputs
 
     async def _charge(self, inputs: int) -> None:
         """Spend the bits of so many inputs; decoys tell nothing."""
@@ -289,7 +303,9 @@ class Client:
         try:
             step = next(session)
             while True:
-                answer = await self.cloud.ask(functools.partial(self._encode, step), deadline_s)
+                with span(self._tracer, "round", block=step.block) as parent:
+                    encode = functools.partial(self._encode, step, parent)
+                    answer = await self.cloud.ask(encode, deadline_s)
                 step = session.send(answer)
         except StopIteration as end:
             outputs: Floats = end.value
@@ -299,7 +315,9 @@ class Client:
             if masks is not None:
                 masks.wipe()
 
-    def _encode(self, step: Round, request_id: str, left_s: float) -> bytes:
+    def _encode(
+        self, step: Round, traceparent: str | None, request_id: str, left_s: float
+    ) -> bytes:
         manifest = self.device.manifest
         return wire.encode_request(
             step.features,
@@ -310,6 +328,7 @@ class Client:
             block=step.block,
             deadline_s=left_s,
             step=step.step,
+            traceparent=traceparent,
         )
 
     async def _check_operators(self) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from datamix.errors import ConfigError
-from datamix.noise import SEED_BYTES, from_rows, gaussians
+from datamix.noise import SEED_BYTES, expand, from_rows
 from edge.mixing import wipe
 
 if TYPE_CHECKING:
@@ -235,7 +235,4 @@ class MaskPool:
 
 def expand_seeds(seeds: Seeds, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     """Noise for a row of each seed: (n, 32) to (n, *shape) float64."""
-    noise = np.empty((len(seeds), *shape))
-    for row, seed in zip(noise, from_rows(seeds), strict=True):
-        row[...] = gaussians(seed, shape)
-    return noise
+    return expand(from_rows(seeds), shape)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 
 from tests.hosts import Hosts, why_not
+from tests.launched import HEAD, USER, WORKERS, Launched, until
 from tests.served import Served, serving
 
 # The same examples in every run, and no wall-clock limit per example: a busy machine is not a bug.
@@ -29,3 +30,16 @@ def hosts() -> Iterator[Hosts]:
     with Hosts() as hosts:
         hosts.up(4)
         yield hosts
+
+
+@pytest.fixture(scope="session")
+def launched(hosts: Hosts) -> Iterator[Launched]:
+    """A cluster on these hosts, up and serving; at the end nothing of it is left. Slow: minutes."""
+    cluster = Launched(hosts)
+    cluster.prepare(HEAD, *WORKERS)
+    cluster.up()
+    until(lambda: cluster.answers(HEAD), "the first answer", 240)
+    yield cluster
+    cluster.down()
+    # ssh keeps the last connection for ten seconds.
+    until(lambda: not any(map(hosts.processes, (HEAD, *WORKERS, USER))), "the end of all", 30)

@@ -8,26 +8,46 @@ from collections import Counter
 import pytest
 from prometheus_client import CollectorRegistry
 
+from cluster.monitoring.page import page
 from deployments.dispatch import Statistics
 from deployments.metrics import (
     TABLE,
     Backend,
+    Decisions,
     Metric,
     ModelRecorder,
     PrometheusBackend,
+    Recorder,
+    Sample,
     Traffic,
     TrafficRecorder,
 )
+from deployments.metrics import rows as published_by
 from deployments.waiting import Timing
+from tests.served import ROOT
 
-LABELS = {"model", "version", "outcome", "close_reason", "reason", "step"}
-UNITS = ("_seconds", "_bytes", "_rows", "_ratio")
+LABELS = {
+    *("model", "version", "outcome", "close_reason", "reason", "step", "state", "direction"),
+    *("gpu", "mig", "domain", "process", "kind", "xid", "uuid", "name", "driver"),
+}
+UNITS = ("_seconds", "_bytes", "_rows", "_ratio", "_joules", "_watts", "_celsius", "_hertz")
 # Counts of things, which have no unit.
 COUNTS = {
     "datamix_requests_total",
     "datamix_batches_total",
     "datamix_open_streams",
     "datamix_streams_closed_total",
+    "datamix_inferences_total",
+    "datamix_served_versions",
+    "datamix_replica_cost_total",  # in whatever currency the price is
+    "datamix_autoscaler_replicas",
+    "datamix_autoscaler_decisions_total",
+    "datamix_gpu_up",
+    "datamix_gpu_info",
+    "datamix_gpu_processes",
+    "datamix_gpu_throttled",
+    "datamix_gpu_ecc_errors_total",
+    "datamix_gpu_xid_errors_total",
 }
 
 
@@ -50,21 +70,37 @@ class Replica:
 
     def __init__(self, backend: Backend) -> None:
         self.model = ModelRecorder(backend, "small", "7")
-        self.replica = TrafficRecorder(backend)
+        self.replica = TrafficRecorder(backend, price_per_hour=3.6, power_watts=50)
+        self.decisions = Decisions(backend)
         self.statistics, self.outcomes, self.traffic = Statistics(), Counter[str](), Traffic()
 
     def work(self) -> None:
         self.statistics, self.outcomes, self.traffic = busy_system()
-        self.model.batch(Timing(queue_s=0.02, compute_s=0.01, batch_rows=8, close_reason="full"))
+        self.model.batch(
+            Timing(queue_s=0.02, compute_s=0.01, batch_rows=8, close_reason="full", error_s=-0.002)
+        )
 
-    def publish(self, queue_rows: int = 5) -> None:
-        self.model.publish(self.statistics, self.outcomes, queue_rows)
+    def publish(self, queue_rows: int = 5, uptime_s: float = 10) -> None:
+        self.model.publish(
+            self.statistics,
+            self.outcomes,
+            busy_s=self.statistics.busy_s,
+            queue_rows=queue_rows,
+            predicted_wait_s=0.03,
+            limit_rows=256,
+        )
         self.replica.publish(self.traffic)
+        self.replica.costs(uptime_s)
+        self.replica.versions(
+            [{"name": "small", "version": "7", "state": "ready", "current": True}]
+        )
 
 
 def busy_system() -> tuple[Statistics, Counter[str], Traffic]:
     """Totals as they stand after some work."""
     statistics = Statistics(busy_s=0.5, batches=3, rows=12, queue_s=0.1, copied_bytes=700)
+    statistics.copy_s, statistics.first_rows, statistics.expired_rows = 0.004, 9, 2
+    statistics.shed_rows.update({"queue": 4, "deadline": 3})
     statistics.close_reasons.update({"engine_free": 2, "full": 1})
     traffic = Traffic(received_bytes=1000, sent_bytes=2000, open_streams=2)
     traffic.streams_closed.update({"peer": 7, "idle": 2})
@@ -88,7 +124,7 @@ def test_a_metric_follows_the_conventions_of_prometheus(metric: Metric) -> None:
     # What the client library appends to a histogram, and units that are not base units.
     assert not metric.name.endswith(("_count", "_sum", "_bucket", "_ms", "_us", "_percent"))
     assert metric.help.endswith(".")
-    assert metric.help[0].isupper()
+    assert not metric.help[0].islower()
 
 
 @pytest.mark.parametrize("metric", TABLE, ids=lambda metric: metric.name)
@@ -113,8 +149,11 @@ def test_every_metric_of_the_table_moves() -> None:
     before = samples(registry)
     replica.work()
     replica.publish()
+    replica.decisions.publish(
+        before=1, target=3, running=1, forecast_rows=50, capacity_rows=20, wait_s=0.1
+    )
     after = samples(registry)
-    for metric in TABLE:
+    for metric in published_by("replica", "model", "autoscaler"):
         assert after[exported(metric)] > before.get(exported(metric), 0.0), metric.name
 
 
@@ -152,6 +191,18 @@ def test_values_arrive_under_their_labels() -> None:
     assert value("datamix_batch_rows_bucket", le="4.0") == 0
     assert value("datamix_batch_compute_seconds_sum") == 0.01
     assert value("datamix_batch_queue_seconds_sum") == 0.02
+    assert value("datamix_batch_error_seconds_sum") == 0.002
+    assert value("datamix_queue_seconds_total") == 0.1
+    assert value("datamix_copy_seconds_total") == 0.004
+    assert value("datamix_predicted_wait_seconds") == 0.03
+    assert value("datamix_batch_limit_rows") == 256
+    assert value("datamix_inferences_total") == 9
+    assert value("datamix_shed_rows_total", reason="queue") == 4
+    assert value("datamix_shed_rows_total", reason="deadline") == 3
+    assert value("datamix_expired_rows_total") == 2
+    assert value("datamix_served_versions", state="current") == 1
+    assert total("datamix_replica_cost_total") == pytest.approx(0.01)  # 10 s at 3.6 an hour
+    assert total("datamix_replica_energy_joules_total") == 500
 
 
 def test_publishing_twice_counts_once() -> None:
@@ -181,7 +232,7 @@ def test_a_counter_is_never_asked_to_add_nothing() -> None:
             assert set(labels) == set(metric.labels)
 
     replica = Replica(Strict())
-    replica.publish()
+    replica.publish(uptime_s=0)
     replica.work()
     for _ in range(2):
         replica.publish()
@@ -192,3 +243,52 @@ def test_a_registry_takes_the_table_once() -> None:
     PrometheusBackend(registry)
     with pytest.raises(ValueError, match="Duplicated timeseries"):
         PrometheusBackend(registry)
+
+
+def test_a_version_that_has_left_stands_at_0() -> None:
+    registry = CollectorRegistry()
+    recorder = TrafficRecorder(PrometheusBackend(registry))
+
+    def value(version: str, state: str) -> float | None:
+        labels = {"model": "m", "version": version, "state": state}
+        return registry.get_sample_value("datamix_served_versions", labels)
+
+    old = {"name": "m", "version": "1", "state": "ready", "current": True}
+    new = {"name": "m", "version": "2", "state": "ready", "current": True}
+    recorder.versions([old])
+    recorder.versions([{**old, "current": False}, new])
+    assert (value("1", "ready"), value("1", "current")) == (1, 0)
+    assert (value("2", "ready"), value("2", "current")) == (1, 1)
+    recorder.versions([new])
+    assert value("1", "ready") == 0
+
+
+def test_what_was_counted_before_anybody_read_is_left_out() -> None:
+    registry = CollectorRegistry()
+    recorder = Recorder(PrometheusBackend(registry))
+
+    def publish(joules: float, xids: dict[str, int]) -> tuple[float | None, float | None]:
+        recorder.publish(
+            [
+                Sample("datamix_gpu_energy_joules_total", {"gpu": "0"}, joules),
+                Sample("datamix_gpu_power_watts", {"gpu": "0"}, 300),
+                *(
+                    Sample("datamix_gpu_xid_errors_total", {"gpu": "0", "xid": xid}, count)
+                    for xid, count in xids.items()
+                ),
+            ]
+        )
+        return (
+            registry.get_sample_value("datamix_gpu_energy_joules_total", {"gpu": "0"}),
+            registry.get_sample_value("datamix_gpu_xid_errors_total", {"gpu": "0", "xid": "79"}),
+        )
+
+    assert publish(1e9, {}) == (None, None)
+    assert publish(1e9 + 600, {}) == (600, None)
+    assert publish(1e9 + 1200, {"79": 1}) == (1200, 1)  # an error that came later counts
+    assert publish(50, {"79": 1}) == (1250, 1)  # the driver was loaded again, its meter with it
+
+
+def test_the_page_is_what_the_table_makes_of_it() -> None:
+    """Otherwise: python -m cluster.monitoring.page."""
+    assert (ROOT / "docs/metrics.md").read_text() == page()

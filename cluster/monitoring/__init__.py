@@ -1,0 +1,1 @@
+"""Watching a cluster: Prometheus with its rules, Grafana, the live page."""
