@@ -24,7 +24,7 @@ from cluster.costs_cli import costs
 from cluster.device_cli import profile_device
 from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
-from cluster.monitor_cli import gpu_exporter
+from cluster.monitor_cli import gpu_exporter, monitor
 from cluster.options import (
     AllowSameOperator,
     CaFile,
@@ -57,6 +57,7 @@ app.command()(capacity)
 app.command()(compare)
 app.command()(costs)
 app.command("gpu-exporter")(gpu_exporter)
+app.command()(monitor)
 app.command()(ledger)
 app.command("profile-device")(profile_device)
 app.command()(report)
