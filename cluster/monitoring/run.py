@@ -1,7 +1,7 @@
 """`datamix monitor`: a real Prometheus, wired to a running cluster, gone at Ctrl-C.
 
-It starts from `prometheus.yml` beside this file, with the same rules and alerts; the targets are the
-cluster's nodes as Ray knows them, asked for anew every few seconds.
+It starts from `prometheus.yml` beside this file, with the same rules and alerts; the targets are
+the cluster's nodes as Ray knows them, asked for anew every few seconds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ FOLDER = Path(__file__).parent
 _REFRESH_S = 5.0  # between two looks at which nodes there are
 _START_S, _STOP_S = 60.0, 20.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LIBC = ctypes.CDLL(None)  # loaded before there are threads that could hold the loader's lock
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +160,7 @@ def prometheus(
             stderr=log,
             # The terminal's Ctrl-C is ours to pass on, in order; and it does not outlive us.
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=partial(_end_with, os.getpid()),
         )
         try:
             _wait_ready(url, process, folder / "log")
@@ -226,7 +228,8 @@ def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     raise Unavailable(f"Prometheus did not start: {last}")
 
 
-def _end_with_parent() -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1:  # it is gone already
+def _end_with(parent: int) -> None:
+    """In the child: end when the parent does, however that comes."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it is gone already
         os._exit(1)
