@@ -27,7 +27,7 @@ def start(name: str, **options: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def start_saying(name: str, **options: Any) -> Iterator[dict[str, Any]]:
-    """Start a cluster, also ``operators`` or ``transports``; yields all that it says of itself.
+    """Start a cluster, also ``bare``, ``operators`` or ``transports``; yields what it says.
 
     Its mark is ``name``.
     """
@@ -78,6 +78,21 @@ def _operators(options: dict[str, Any]) -> None:
 
     with local_operators(Config(**options), ("operator-a", "operator-b")) as urls:
         _serve_until_told(urls[0], second=urls[1])
+
+
+def _bare(options: dict[str, Any]) -> None:
+    """Ray with its dashboard and no application: whoever started it deploys."""
+    from cluster.local import free_port, local_ray
+
+    # Serve imports the application in processes that know nothing of this one's path. And Ray gives
+    # them this one's folder before all others, where other code is deployed or not.
+    os.environ["PYTHONPATH"] = os.getcwd()
+    os.chdir("/")
+    os.environ.update(options.get("environment", {}))
+    port = free_port()
+    with local_ray(options["replicas"], dashboard_port=port) as address:
+        url = f"http://127.0.0.1:{free_port()}"
+        _serve_until_told(url, address=address, dashboard=f"http://127.0.0.1:{port}")
 
 
 def _default(options: dict[str, Any]) -> None:
@@ -139,6 +154,7 @@ if __name__ == "__main__":
     kinds = {
         "ours": _ours,
         "operators": _operators,
+        "bare": _bare,
         "default": _default,
         "transports": _transports,
     }

@@ -89,6 +89,11 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
             ("wrong", "<=", 0.0),
         ],
     ),
+    "streams": (
+        "What does a stream cost that is only there: memory in HAProxy and the replica, CPU to "
+        "open it?",
+        [],
+    ),
     "omission": (
         "Does the report show a cloud that stalls for 2 s in a run of 30?",
         [("open_p99_over_stall", ">=", 0.8), ("closed_p99_over_stall", "<=", 0.1)],

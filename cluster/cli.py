@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cluster.audit_cli import audit
+from cluster.canaries_cli import canaries
 from cluster.capacity_cli import capacity, scenario
 from cluster.costs_cli import costs
 from cluster.device_cli import profile_device
+from cluster.launch_cli import down, status, up
 from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
 from cluster.monitor_cli import gpu_exporter, monitor
@@ -36,8 +38,10 @@ from cluster.options import (
     read_token,
 )
 from cluster.report_cli import compare, report
+from cluster.rollout_cli import deploy
 from cluster.search_cli import as_search, search
 from cluster.simulate_cli import simulate
+from cluster.top_cli import top
 from cluster.training_cli import add_training
 from datamix.errors import ConfigError, DataMixError
 
@@ -53,9 +57,12 @@ app = typer.Typer(
 )
 app.add_typer(models, name="models")
 app.command()(audit)
+app.command()(canaries)
 app.command()(capacity)
 app.command()(compare)
 app.command()(costs)
+app.command()(down)
+app.command()(deploy)
 app.command("gpu-exporter")(gpu_exporter)
 app.command()(monitor)
 app.command()(ledger)
@@ -64,6 +71,9 @@ app.command()(report)
 app.command()(scenario)
 app.command()(search)
 app.command()(simulate)
+app.command()(status)
+app.command()(up)
+app.command()(top)
 add_training(app)
 
 
@@ -398,6 +408,14 @@ def token(
 def doctor(
     bundle: Annotated[str | None, typer.Option(help="Verify this bundle, a folder or URI.")] = None,
     url: Annotated[str | None, typer.Option(help="Check this running cloud, not ports.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Check every node of this running cluster, not this machine: auto, host:port of "
+            "Ray, or http://host:8265 of its dashboard."
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds in which a node must answer.")] = 30,
     devices: Annotated[int, typer.Option(help="Devices to be connected at once.")] = 2000,
     port: Annotated[int, typer.Option(help="Where datamix serve shall listen.")] = 8000,
     ca_file: CaFile = None,
@@ -411,7 +429,15 @@ def doctor(
     from cluster.doctor import diagnose, healthy, show, write_json
 
     authorities = None if ca_file is None else str(ca_file)
-    checks = diagnose(bundle=bundle, url=url, devices=devices, port=port, ca_file=authorities)
+    checks = diagnose(
+        bundle=bundle,
+        url=url,
+        devices=devices,
+        port=port,
+        ca_file=authorities,
+        address=address,
+        timeout_s=timeout,
+    )
     show(checks, Console())
     if json_path is not None:
         write_json(checks, json_path)

@@ -1,7 +1,8 @@
 """``datamix doctor``: the known traps of this machine or of a running cloud, each with its fix.
 
 A check is a small function that looks at one thing and returns one :class:`Check`. What it looks
-at comes in as an argument, so that a test can make each of them fire.
+at comes in as an argument, so that a test can make each of them fire. The nodes of a running
+cluster have :mod:`cluster.doctor_cluster`.
 """
 
 from __future__ import annotations
@@ -87,8 +88,12 @@ def diagnose(
     devices: int = 2000,
     port: int = 8000,
     ca_file: str | None = None,
+    address: str | None = None,
+    timeout_s: float = 30.0,
 ) -> list[Check]:
     """Run the checks that apply: with ``url`` those of a running cloud, else of free ports.
+
+    With ``address`` it is not this machine that is looked at, but every node of that cluster.
 
     Args:
         bundle: folder or URI of a bundle to verify, if any.
@@ -96,14 +101,26 @@ def diagnose(
         devices: how many devices shall be connected at once.
         port: where ``datamix serve`` shall listen.
         ca_file: PEM file of the authorities that may vouch for an ``https`` cloud.
+        address: of a running cluster, if any; ``bundle`` is then looked for on its nodes.
+        timeout_s: how long a node may take to answer.
 
     Raises:
         ConfigError: ``devices`` or ``port`` makes no sense, or the URL or ``ca_file`` is none.
+        Unavailable: no cluster answers at ``address``.
     """
     if devices < 1:
         raise ConfigError(f"devices is {devices}, expected at least 1")
     if not 1 <= port <= 65535:
         raise ConfigError(f"port is {port}, expected 1 to 65535")
+    if address is not None:
+        from cluster import doctor_cluster
+
+        found = doctor_cluster.diagnose(
+            address, bundle=bundle, devices=devices, timeout_s=timeout_s
+        )
+        return (
+            found if url is None else found + check_cloud(url, Access(ca_file=ca_file).context(url))
+        )
     checks = [check_python(sys.version_info[:2])]
     checks += check_packages(read_pins(CONSTRAINTS), installed_version)
     checks.append(check_haproxy_binary(find_haproxy))

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -25,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from cluster.rollout import last_error
 from datamix.errors import ConfigError, Unavailable
 from datamix.limits import raise_descriptor_limit
 
@@ -35,10 +35,12 @@ APPLICATION = "datamix"
 _PORTS = 100  # for replicas
 
 # Read by Ray when it is imported, and by every process it starts: all of this must stand in the
-# environment before. On a real cluster the first two stand in cluster.yaml.
+# environment before. On a real cluster the first three stand in cluster.yaml.
 _MODE = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # HAProxy that dies is replaced after three of these, and every device of its node waits.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
 }
 # One machine, one session, one user: no telemetry, no tokens, and no waiting for load balancers
 # that are not there when it stops. Never for production.
@@ -49,6 +51,8 @@ _EMBEDDED = {
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+    # A busy laptop may need more than Ray's 5 s to start HAProxy, which Ray would kill then.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     # Ray would otherwise ship the whole working folder's environment to each worker.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
@@ -213,12 +217,16 @@ def local_cluster(
 
 @contextlib.contextmanager
 def local_ray(
-    replicas: int = 1, *, say: Callable[[str], None] = lambda line: None
+    replicas: int = 1,
+    *,
+    dashboard_port: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[str]:
     """Start Ray on this machine, ready for Serve in HAProxy mode; take both down in the end.
 
     Args:
         replicas: how many replicas will have to fit.
+        dashboard_port: where Ray's dashboard listens, which `datamix deploy` needs; None for none.
         say: called with one line of progress before each step.
 
     Yields:
@@ -244,7 +252,8 @@ def local_ray(
                     # Logical, not real: the replica and Serve's own actors must fit anywhere.
                     num_cpus=max(4, replicas + 3),
                     object_store_memory=100 << 20,
-                    include_dashboard=False,
+                    include_dashboard=dashboard_port is not None,
+                    dashboard_port=dashboard_port,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     configure_logging=False,
@@ -350,10 +359,7 @@ def _reason(error: RuntimeError, name: str) -> str:
     application = serve.status().applications.get(name)
     if application is not None:
         texts += [deployment.message for deployment in application.deployments.values()]
-    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
-    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Found|Large): ", line)]
-    last: str = (raised or lines or ["no reason given"])[-1]
-    return last.removeprefix("datamix.errors.")
+    return last_error(texts)
 
 
 def wait_ready(url: str, timeout_s: float) -> None:

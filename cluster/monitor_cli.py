@@ -26,13 +26,17 @@ def monitor(
     interval: Annotated[
         int, typer.Option(help="Seconds between scrapes, and between looks at the rules.", min=1)
     ] = 10,
+    page_port: Annotated[
+        int, typer.Option(help="Of the live page; 0 for a free one, -1 for no page.", min=-1)
+    ] = 9400,
 ) -> None:
     """Run Prometheus with our rules and alerts on a running cluster; Ctrl-C ends it."""
     from cluster.monitoring.run import Options
     from cluster.monitoring.run import monitor as run
     from cluster.serve import wait_for_signal
 
-    options = Options(port, prometheus, data, tuple(gpu_exporter or ()), interval)
+    page = None if page_port < 0 else page_port
+    options = Options(port, prometheus, data, tuple(gpu_exporter or ()), interval, page)
     run(
         address,
         options,

@@ -3,6 +3,7 @@
     manifest.json          what the model is; names, shapes, hashes      (both sides)
     device.safetensors     stem, bridges, head                           (the device)
     backbone.safetensors   blocks                                        (the cloud)
+    canaries.safetensors   what the blocks make of noise; optional       (the cloud)
     stem.onnx, ...         stem, bridges, head again, for a device without torch; optional
 
 A bundle is foreign input. Reading checks the schema, the sizes, the sha256 of the exact bytes and
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
 
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
+from datamix import canaries
+from datamix.canaries import CANARIES, Canary
 from datamix.errors import BundleError, ConfigError
 from datamix.preprocessing import ImagePreprocessing as ImagePreprocessing
 from datamix.preprocessing import LogMelPreprocessing as LogMelPreprocessing
@@ -56,7 +59,9 @@ _Text = Annotated[str, Field(max_length=256)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _HashedFile = Annotated[
     str,
-    Field(pattern=r"^((device|backbone)\.safetensors|(stem|head|bridge_[0-9]{1,2})\.onnx)$"),
+    Field(
+        pattern=r"^((device|backbone|canaries)\.safetensors|(stem|head|bridge_[0-9]{1,2})\.onnx)$"
+    ),
 ]
 
 
@@ -126,8 +131,8 @@ class Manifest(Strict):
             wire, float32 in the cloud, errors of earlier rounds included), relative to
             ``max(1, |value|)``; more than that is somebody's bug.
         metrics: as recorded at training.
-        hashes: sha256 of the exact bytes of both weight files and, where a device's parts were
-            exported, of all files of :func:`onnx_files`.
+        hashes: sha256 of the exact bytes of both weight files and, where they are there, of the
+            canaries and of all files of :func:`onnx_files`, a device's exported parts.
     """
 
     schema_version: Literal[1]
@@ -149,7 +154,10 @@ class Manifest(Strict):
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
         exported = onnx_files(len(self.blocks))
-        if set(self.hashes) not in ({DEVICE, BACKBONE}, {DEVICE, BACKBONE, *exported}):
+        if set(self.hashes) - {CANARIES} not in (
+            {DEVICE, BACKBONE},
+            {DEVICE, BACKBONE, *exported},
+        ):
             raise ValueError(
                 f"hashes need {DEVICE} and {BACKBONE}, and with them all or none of "
                 f"{', '.join(exported)}"
@@ -169,7 +177,12 @@ class Manifest(Strict):
     @property
     def has_onnx(self) -> bool:
         """Whether the device's parts are there as ONNX files too."""
-        return len(self.hashes) > len(_FILES)
+        return "stem.onnx" in self.hashes
+
+    @property
+    def shapes(self) -> list[tuple[Shape, Shape]]:
+        """Of every block's rows, in and out."""
+        return [(block.input_shape, block.output_shape) for block in self.blocks]
 
 
 def onnx_files(blocks: int) -> tuple[str, ...]:
@@ -217,6 +230,43 @@ def load_device(path: str | Path) -> tuple[Manifest, nn.Module, nn.ModuleList, n
     manifest = read_manifest(path)
     model = _load_side(path, manifest, "device")
     return manifest, model.stem, model.bridges, model.head
+
+
+def load_canaries(path: str | Path) -> tuple[Canary, ...]:
+    """Load the canaries of every block; empty where the bundle has none.
+
+    Raises:
+        BundleError: the file is missing, changed, or does not fit the manifest.
+    """
+    manifest = read_manifest(path)
+    if CANARIES not in manifest.hashes:
+        return ()
+    body = read_file(path, CANARIES, canaries.most_bytes(manifest.shapes))
+    _check_hash(manifest, CANARIES, body)
+    return canaries.parse(body, manifest.shapes)
+
+
+def add_canaries(path: str | Path) -> Manifest:
+    """Give a local bundle that was saved without canaries its own; the model stays what it is.
+
+    Raises:
+        BundleError: it can't be read or written, or it has canaries.
+    """
+    manifest, blocks = load_backbone(path)
+    folder = Path(path)
+    if CANARIES in manifest.hashes:
+        raise BundleError(f"bundle {str(path)!r} has canaries already, expected none")
+    body = canaries.make(blocks, [inputs for inputs, _ in manifest.shapes])
+    manifest = _with_hash(manifest, CANARIES, body)
+    try:
+        # The manifest last and in one step: whoever reads meanwhile finds a bundle without them.
+        (folder / CANARIES).write_bytes(body)
+        draft = folder / f".{MANIFEST}"
+        draft.write_bytes(_text(manifest))
+        draft.replace(folder / MANIFEST)
+    except OSError as error:
+        raise BundleError(f"canaries cannot be written: {_one_line(str(error))}") from None
+    return manifest
 
 
 def save_bundle(
@@ -276,10 +326,24 @@ def save_bundle(
         )
     except ValidationError as error:
         raise BundleError(f"cannot save: {_one_line(str(error.errors()[0]['msg']))}") from None
-    _check_model(manifest, _skeleton(manifest))
-    files[MANIFEST] = (manifest.model_dump_json(indent=2) + "\n").encode()
+    skeleton = _skeleton(manifest)
+    _check_model(manifest, skeleton)
+    # What a reader will get, in eval mode, whatever the model is in the middle of.
+    skeleton.load_state_dict(_tensors(model, "backbone"), strict=False, assign=True)
+    files[CANARIES] = canaries.make(skeleton.blocks, [inputs for inputs, _ in manifest.shapes])
+    manifest = _with_hash(manifest, CANARIES, files[CANARIES])
+    files[MANIFEST] = _text(manifest)
     write_folder(target, files)
     return manifest
+
+
+def _with_hash(manifest: Manifest, file: str, body: bytes) -> Manifest:
+    hashes = manifest.hashes | {file: hashlib.sha256(body).hexdigest()}
+    return manifest.model_copy(update={"hashes": hashes})
+
+
+def _text(manifest: Manifest) -> bytes:
+    return (manifest.model_dump_json(indent=2) + "\n").encode()
 
 
 # ------------------------------------------------------------------ weights
@@ -312,10 +376,9 @@ def _check_model(manifest: Manifest, model: SplitModel) -> None:
     """Refuse a manifest whose shapes are not those of its own architecture."""
     from datamix.models import block_shapes
 
-    declared = [(block.input_shape, block.output_shape) for block in manifest.blocks]
     actual = block_shapes(model)
-    if declared != actual:
-        raise BundleError(f"{MANIFEST}: blocks are {declared}, expected {actual}")
+    if manifest.shapes != actual:
+        raise BundleError(f"{MANIFEST}: blocks are {manifest.shapes}, expected {actual}")
     if manifest.preprocessing.input_shape != model.input_shape:
         raise BundleError(
             f"{MANIFEST}: input_shape is {manifest.preprocessing.input_shape},"
@@ -338,8 +401,7 @@ def _load_side(path: str | Path, manifest: Manifest, side: Side) -> SplitModel:
     values = sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
     file = _FILES[side]
     body = read_file(path, file, values + _MAX_HEADER_BYTES)
-    if hashlib.sha256(body).hexdigest() != manifest.hashes[file]:
-        raise BundleError(f"{file}: sha256 differs from the manifest's; the file was changed")
+    _check_hash(manifest, file, body)
     _check_header(file, body, expected)
     try:
         tensors = load(body)
@@ -351,6 +413,12 @@ def _load_side(path: str | Path, manifest: Manifest, side: Side) -> SplitModel:
     model.load_state_dict(tensors, strict=False, assign=True)
     model.requires_grad_(False)
     return model
+
+
+def _check_hash(manifest: Manifest, file: str, body: bytes) -> None:
+    """Refuse a file that is not the one the manifest was written for."""
+    if hashlib.sha256(body).hexdigest() != manifest.hashes[file]:
+        raise BundleError(f"{file}: sha256 differs from the manifest's; the file was changed")
 
 
 def _check_header(file: str, body: bytes, expected: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,8 @@
-"""`serve run deployments.app:app bundle=...`: binding and nothing else."""
+"""`serve run deployments.app:app bundle=...`: binding and nothing else.
 
-from __future__ import annotations
+Annotations are not put off here: Serve looks at the builder's, and would call it with a plain dict
+where it found the text of one.
+"""
 
 from typing import Any
 
@@ -22,17 +24,23 @@ def app(config: Config) -> Application:
 def bind(config: Config, **options: Any) -> Application:
     """Bind one backbone as the ingress: HAProxy connects straight to its replicas.
 
-    Replicas and resources are `deployments/serve.yaml`'s business; what stands here are defaults,
-    which ``options`` (those of ``serve.deployment``) override.
+    ``options`` are those of ``serve.deployment`` and override :func:`defaults`.
     """
-    defaults: dict[str, Any] = {
+    deployment = serve.deployment(**(defaults(config) | options))
+    bound: Application = deployment(serve.ingress()(Backbone)).bind(config)
+    return bound
+
+
+def defaults(config: Config) -> dict[str, Any]:
+    """The deployment's options; replicas and resources are `deployments/serve.yaml`'s business."""
+    return {
         "name": "Backbone",
         "max_ongoing_requests": _MAX_STREAMS,
         "health_check_period_s": 1,
         "health_check_timeout_s": config.health_timeout_s + 2,
         "graceful_shutdown_timeout_s": 20,
+        # A redeployment starts a new replica before it stops an old one, and stops none where the
+        # new ones fail to start.
+        "max_surge_percent": 100,
         "ray_actor_options": {"num_cpus": 1, "num_gpus": int(config.device != "cpu")},
     }
-    deployment = serve.deployment(**(defaults | options))
-    bound: Application = deployment(serve.ingress()(Backbone)).bind(config)
-    return bound

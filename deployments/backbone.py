@@ -14,12 +14,14 @@ import resource
 import secrets
 import time
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from typing import Any
 
 from datamix.errors import DataMixError
 from deployments import logs, oip, websocket
+from deployments.batcher import EngineHangs
 from deployments.catalog import Catalog
 from deployments.config import Config
 from deployments.load import Load
@@ -50,6 +52,7 @@ class Backbone:
         backend: Backend | None = None,
         store: Store | None = None,
         peers: Peers | None = None,
+        end: Callable[[], None] | None = None,
     ) -> None:
         """Load, warm up, and start the engines' threads.
 
@@ -58,6 +61,7 @@ class Backbone:
             backend: where metrics go; None for Ray's metrics agent.
             store: where the table of models is kept; None for Ray's control store.
             peers: the other replicas; None for those that Serve runs.
+            end: ends this process at once; None to do so.
 
         Raises:
             BundleError: a bundle cannot be read or trusted.
@@ -68,6 +72,7 @@ class Backbone:
         websocket.install()  # Ray starts this replica's server after the constructor
         self.config = config
         self.clock = time.monotonic
+        self._end = end or _end
         self.traffic = Traffic()
         self.tokens = None if config.tokens_file is None else Tokens(config.tokens_file, self.clock)
         self._backend = backend or RayBackend()
@@ -102,10 +107,23 @@ class Backbone:
         return Protocol(self)
 
     async def check_health(self) -> None:
-        """Prove that batchers and engines are alive; Ray replaces the replica where this raises."""
-        await asyncio.gather(
-            *(model.batcher.probe(self.config.health_timeout_s) for model in self.catalog)
-        )
+        """Prove that batchers and engines are alive; Ray replaces the replica where this raises.
+
+        It does so after three times in a row, and gives the replica time to drain. An engine that
+        hangs has none to offer: its thread cannot be ended, and holds the device that the next
+        replica needs, while streams wait for its answers. So the process ends, which Ray sees at
+        once, and so do the devices.
+
+        Raises:
+            Unavailable: an engine raised, or hangs.
+        """
+        patience_s = self.config.health_timeout_s
+        try:
+            await asyncio.gather(*(model.batcher.probe(patience_s) for model in self.catalog))
+        except EngineHangs as error:
+            logger.critical("%s: this replica ends itself", error)
+            self._end()
+            raise
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Tell Ray's controller what the autoscaling policy needs; every second or so."""
@@ -202,6 +220,7 @@ class Backbone:
             "version": _version(),
             "extensions": [*oip.EXTENSIONS, *_EXTENSIONS],
             "operator": self.config.operator,
+            "release": self.config.release,
         }
 
     def stats(self) -> dict[str, Any]:
@@ -258,6 +277,12 @@ class Backbone:
             except Exception:
                 # Metrics that cannot be published now may be again, and serving goes on meanwhile.
                 logger.exception("metrics were not published")
+
+
+def _end() -> None:
+    """End this process, whatever its threads are in."""
+    logging.shutdown()
+    os._exit(1)
 
 
 def _application() -> str:

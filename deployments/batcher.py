@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 Results = list[tuple[Job, Computed | DataMixError]]
 
 
+class EngineHangs(Unavailable):
+    """The engine gave no sign of life; what it is stuck in can't be ended but with its process."""
+
+
 class BatchCost(NamedTuple):
     """A batch takes ``a_s + b_s`` times its rows in seconds, and has ``rows`` at most."""
 
@@ -163,15 +167,17 @@ class Batcher:
             self._loop.call_soon(self._deliver, late)
         return self._queue.rows < before
 
-    async def probe(self, timeout_s: float) -> None:
-        """Prove that the thread is alive and the engine computes: one row through the engine.
+    async def probe(self, timeout_s: float, *, block: int = 0, rows: int = 1) -> float:
+        """Prove that the thread is alive and the engine computes; return how long that took.
 
-        It goes before all waiting requests, so it waits for what is under way at most.
+        Zeros go through one block, before all waiting requests, so they wait for what is under way
+        at most. The seconds are the computation's.
 
         Raises:
-            Unavailable: no sign of life within ``timeout_s``, or the engine raised.
+            EngineHangs: no sign of life within ``timeout_s``.
+            Unavailable: the engine raised.
         """
-        answer: asyncio.Future[None] = self._loop.create_future()
+        answer: asyncio.Future[float] = self._loop.create_future()
 
         def done(outcome: Computed | DataMixError) -> None:
             if answer.done():
@@ -179,17 +185,17 @@ class Batcher:
             if isinstance(outcome, DataMixError):
                 answer.set_exception(outcome)
             else:
-                answer.set_result(None)
+                answer.set_result(outcome.timing.compute_s)
 
-        rows = Rows(np.zeros((1, *self._engine.blocks[0].input_shape), np.float32), None)
-        job = Job(0, rows, done)
+        shape = self._engine.blocks[block].input_shape
+        job = Job(block, Rows(np.zeros((rows, *shape), np.float32), None), done)
         with self._lock:
             self._dispatch.probes.append(job)
             self._wake()
         try:
-            await asyncio.wait_for(answer, timeout_s)
+            return await asyncio.wait_for(answer, timeout_s)
         except TimeoutError:
-            raise Unavailable(f"the engine gave no sign of life in {timeout_s:g} s") from None
+            raise EngineHangs(f"the engine gave no sign of life in {timeout_s:g} s") from None
         finally:
             job.cancelled = True  # answered, or nobody waits any more
 
@@ -307,12 +313,16 @@ class Batcher:
         self._post(results, Timing(begun - first, compute_s, rows, reason, error_s), expected)
 
     def _fail(self, flight: Flight, error: Exception) -> None:
-        """An engine that raised: find the request to blame by running each one alone."""
+        """An engine that raised: find the requests to blame by running each half by itself.
+
+        One culprit among n costs 2 log2(n) more runs; n of them, 2 n.
+        """
         self._dispatch.land(flight, self._clock())
         if flight.probe:
             text = f"the engine failed its health probe: {type(error).__name__}"
         elif len(flight.jobs) > 1:
-            self._dispatch.retries.extend(flight.jobs)
+            half = len(flight.jobs) // 2
+            self._dispatch.retries.extend((flight.jobs[:half], flight.jobs[half:]))
             return
         else:
             # The exception's text may hold values of the input or paths: the log gets its type.

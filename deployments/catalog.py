@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from datamix.errors import DataMixError, NotFound, Unavailable
+from deployments.canaries import batch_s, check_slowdown
 from deployments.config import Config
 from deployments.metrics import Backend
 from deployments.model import Loaded, ServedModel, load
 from deployments.table import Entry, Table
 
 _DRAIN_S = 30.0  # for the requests that a version has when it leaves
+_TURNS = 5  # in which a version and the one that it is to replace are timed
 
 logger = logging.getLogger(__name__)
 
@@ -127,14 +129,31 @@ class Catalog:
 
     async def _load(self, entry: Entry) -> None:
         try:
-            loaded = await asyncio.to_thread(load, self._config, entry.bundle)
-            self._add(_named(entry, loaded))
+            loaded = _named(entry, await asyncio.to_thread(load, self._config, entry.bundle))
+            await self._compare(loaded)
+            self._add(loaded)
             self._problems.pop(entry, None)
         except DataMixError as error:
             self._problems[entry] = str(error)
         except Exception as error:
             logger.exception("a model could not be loaded")
             self._problems[entry] = f"loading failed: {type(error).__name__}"
+
+    async def _compare(self, loaded: Loaded) -> None:
+        """Refuse a version much slower than the current one of its model.
+
+        Both are timed in turns, beside the same traffic, and the fastest turn of each counts.
+        """
+        name, slowdown = loaded.entry.name, self._config.canary_slowdown
+        if slowdown is None or name not in self._models:
+            return
+        current = self._models[name][self._current[name]]
+        found_s, current_s = [], []
+        for _ in range(_TURNS):
+            rows = self._config.max_batch_rows
+            found_s.append(await asyncio.to_thread(batch_s, loaded.engine, rows, runs=1))
+            current_s.append(await current.batch_s())
+        check_slowdown(min(found_s), min(current_s), current.version, slowdown)
 
     def _add(self, loaded: Loaded) -> None:
         model = ServedModel(loaded, self._config, self._backend, self._loop, self._clock)

@@ -58,7 +58,14 @@ class Config(BaseModel):
             spans of the requests that devices trace go there (docs/tracing.md). None: no traces.
         logs: ``text``, or ``json`` for an object per line; with ids of requests.
         traces_per_s: requests traced per second and replica, at most.
-        health_timeout_s: how long the engine may take to answer a health probe.
+        health_timeout_s: how long the engine may take to answer a health probe, what is under way
+            included; then the replica ends itself, and Serve starts another.
+        canary_slowdown: a version that is loaded beside the current one of its model is refused
+            where its batches take more than so many times as long; None: however slow it is.
+        canary_batch_s: seconds that full batches, one for every block, may take before a version is
+            served; None: as long as they like.
+        release: any text, told in ``GET /v2``. Serve replaces replicas where the configuration
+            changes; code that was changed in place is no change of it, but another release is.
         price_per_hour: what a replica costs in an hour, in any currency, with its share of the
             machine; cost per 1,000 inferences is made from it (docs/monitoring.md). None: unknown.
         power_watts: what a replica draws with its share of the machine, where no GPU measures it;
@@ -93,6 +100,9 @@ class Config(BaseModel):
     logs: Literal["text", "json"] = "text"
     traces_per_s: float = Field(default=100.0, ge=1, allow_inf_nan=False)
     health_timeout_s: float = Field(default=8.0, gt=0, allow_inf_nan=False)
+    canary_slowdown: float | None = Field(default=3.0, ge=1, allow_inf_nan=False)
+    canary_batch_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    release: str = Field(default="", pattern=r"^[A-Za-z0-9._+-]{0,64}$")
     price_per_hour: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     power_watts: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 

@@ -128,7 +128,7 @@ class Dispatch:
         flights: batches under way, the oldest first. Replaced as a whole, so that another thread
             may read it.
         probes: proofs of life that are asked for.
-        retries: requests of a batch that failed, to be run one by one.
+        retries: halves of batches that failed, to be run again by themselves.
         statistics: running totals.
         costs: per block, what a batch takes after its lead, or with it where depth is 1.
         leads: per block, what staging and copying a batch takes.
@@ -141,7 +141,7 @@ class Dispatch:
         """Take batches of ``queue``, up to ``depth`` under way at once."""
         self.flights: tuple[Flight, ...] = ()
         self.probes: deque[Job] = deque()
-        self.retries: deque[Job] = deque()
+        self.retries: deque[list[Job]] = deque()
         self.statistics = Statistics()
         self.costs = [CostModel() for _ in range(blocks)]
         self.leads = [CostModel() for _ in range(blocks)]
@@ -169,12 +169,15 @@ class Dispatch:
         return _STOP if draining else _SLEEP
 
     def _urgent(self) -> Flight | None:
-        """The next probe, or request to be run alone, that somebody still waits for."""
-        for jobs, probe in ((self.probes, True), (self.retries, False)):
-            while jobs:
-                job = jobs.popleft()
-                if not job.cancelled:
-                    return Flight([job], probe=probe, rows=job.count)
+        """The next probe, or half of a batch that failed, that somebody still waits for."""
+        while self.probes:
+            job = self.probes.popleft()
+            if not job.cancelled:
+                return Flight([job], probe=True, rows=job.count)
+        while self.retries:
+            jobs = [job for job in self.retries.popleft() if not job.cancelled]
+            if jobs:
+                return Flight(jobs, rows=sum(job.count for job in jobs))
         return None
 
     def _close(self, now: float, draining: bool) -> Step:

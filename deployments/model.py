@@ -12,6 +12,7 @@ import numpy as np
 from datamix import wire
 from datamix.errors import ConfigError, NotFound, TooLarge, WireError
 from deployments.batcher import Batcher
+from deployments.canaries import batch_s, check_canaries, check_speed
 from deployments.config import Config
 from deployments.cores import let_threads_sleep
 from deployments.engine import Block, Engine, Rows, parse_engine
@@ -135,6 +136,16 @@ class ServedModel:
             "close_reasons": dict(statistics.close_reasons),
         }
 
+    async def batch_s(self) -> float:
+        """Seconds that full batches take, one for every block, before all waiting requests.
+
+        Raises:
+            Unavailable: the engine does not compute them.
+        """
+        rows, patience_s = self._config.max_batch_rows, self._config.health_timeout_s
+        blocks = range(len(self.engine.blocks))
+        return sum([await self.batcher.probe(patience_s, block=b, rows=rows) for b in blocks])
+
     def publish(self) -> None:
         """Publish the running totals as metrics."""
         batcher = self.batcher
@@ -160,18 +171,22 @@ class ServedModel:
 
 
 def load(config: Config, bundle: str | None) -> Loaded:
-    """Load a model and warm it up; takes seconds and blocks the calling thread.
+    """Load a model, warm it up and try its canaries; takes seconds and blocks the calling thread.
 
     Args:
         config: the application's settings.
         bundle: folder or URI of the bundle; None for the echo model of a load test.
 
     Raises:
-        BundleError: the bundle cannot be read or trusted.
-        ConfigError: the settings do not fit the bundle or this machine.
+        BundleError: the bundle cannot be read or trusted, or the engine fails its canaries.
+        ConfigError: the settings do not fit the bundle or this machine, or it is too slow.
     """
     loaded = build_engine(config, bundle)
     warm_up(loaded.engine, config.max_batch_rows)
+    if bundle is not None and parse_engine(config.engine).kind == "torch":
+        check_canaries(loaded.engine, bundle)
+    if config.canary_batch_s is not None:
+        check_speed(batch_s(loaded.engine, config.max_batch_rows), config.canary_batch_s)
     return loaded
 
 

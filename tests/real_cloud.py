@@ -81,6 +81,7 @@ class Cloud:
         backbone: the replica itself.
         gate: stops its engine.
         registry: where its metrics go.
+        ends: has one entry for each time it wanted to end its process.
         port: where it listens.
         host: of that, an address of the loopback interface.
     """
@@ -89,6 +90,7 @@ class Cloud:
     gate: Gate
     registry: CollectorRegistry
     app: Protocol
+    ends: list[str] = field(default_factory=list)
     port: int = 0
     host: str = "127.0.0.1"
 
@@ -129,12 +131,18 @@ class Cloud:
 @asynccontextmanager
 async def replica(config: Config, store: Store | None = None) -> AsyncIterator[Cloud]:
     """A replica without a server; for tests that call the ASGI application themselves."""
-    registry = CollectorRegistry()
-    backbone = Backbone(config, PrometheusBackend(registry), store or MemoryStore(), NoPeers())
+    registry, ends = CollectorRegistry(), list[str]()
+    backbone = Backbone(
+        config,
+        PrometheusBackend(registry),
+        store or MemoryStore(),
+        NoPeers(),
+        lambda: ends.append("end"),
+    )
     gate = Gate(backbone)
     app = backbone.__serve_build_asgi_app__()
     try:
-        yield Cloud(backbone, gate, registry, app)
+        yield Cloud(backbone, gate, registry, app, ends)
     finally:
         gate.open()
         await backbone.close()

@@ -2,11 +2,13 @@
 
 import zipfile
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import yaml
 from pydantic import ValidationError
 from ray._private.runtime_env.packaging import create_package
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import app
@@ -31,11 +33,21 @@ def test_serve_yaml_is_what_serve_and_the_application_expect() -> None:
         ServeDeploySchema.model_validate(settings)
 
 
+def test_serve_makes_the_settings_out_of_what_a_file_says() -> None:
+    arguments = {"engine": "null", "echo_shape": [1, 2, 2]}
+    assert isinstance(app, FunctionType)
+    bound = call_user_app_builder_with_args_if_necessary(app, arguments)._bound_deployment
+    assert bound.init_args == (Config(engine="null", echo_shape=(1, 2, 2)),)
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        call_user_app_builder_with_args_if_necessary(app, arguments | {"colour": "red"})
+
+
 def test_a_bound_application_has_the_defaults_that_streams_need() -> None:
     bound = app(Config(engine="null", echo_shape=(1, 2, 2)))._bound_deployment
     assert bound.name == "Backbone"
     assert bound.max_ongoing_requests == 100_000
     assert bound._deployment_config.health_check_period_s == 1
+    assert bound._deployment_config.max_surge_percent == 100
     assert (bound.ray_actor_options or {}).get("num_gpus") == 0
 
 

@@ -298,6 +298,7 @@ def test_the_health_check_fails_when_the_engine_hangs() -> None:
         answer = offer(cloud, 0)
         with pytest.raises(Unavailable, match="^the engine gave no sign of life in 0.05 s$"):
             await cloud.backbone.check_health()
+        assert cloud.ends == ["end"]  # nothing else would free what the engine holds
         cloud.gate.open()
         await answer
         await cloud.backbone.check_health()
@@ -312,6 +313,7 @@ def test_the_health_check_fails_when_the_engine_does() -> None:
             await cloud.backbone.check_health()
         cloud.gate.fails_on = None
         await cloud.backbone.check_health()
+        assert not cloud.ends  # it may be well again: Serve decides
 
     run(test)
 

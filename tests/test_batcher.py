@@ -575,12 +575,32 @@ def test_only_the_request_that_the_engine_fails_on_is_refused(
     assert "secret" not in caplog.text
 
 
+def test_one_culprit_among_many_costs_few_more_batches() -> None:
+    async def go() -> None:
+        engine = FakeEngine(closed=True, fails_on=fails_on_value(13.0))
+        async with batching(engine, max_batch_rows=64) as batcher:
+            running = submit(batcher)
+            await engine.await_entry()
+            answers = [submit(batcher, float(value)) for value in range(64)]
+            engine.open()
+            outcomes = await settled(running, *answers)
+            refused = [o for o in outcomes if not isinstance(o, Computed)]
+            assert [type(outcome) for outcome in refused] == [Unavailable]
+            outputs = [float(o.output.item()) for o in outcomes if isinstance(o, Computed)]
+            assert outputs == [2.0, *(2.0 * value for value in range(64) if value != 13)]
+            # The first, the batch of all, and two halves of each half that failed.
+            assert len(engine.calls) == 2 + 2 * 6
+
+    asyncio.run(go())
+
+
 def test_an_engine_that_always_fails_answers_everybody() -> None:
     async def go() -> None:
         engine = FakeEngine(fails_on=lambda requests: True)
         async with batching(engine) as batcher:
             outcomes = await settled(*(submit(batcher) for _ in range(20)))
             assert all(isinstance(outcome, Unavailable) for outcome in outcomes)
+            assert len(engine.calls) < 2 * 20
             assert batcher.statistics.batches == 0
             engine.fails_on = lambda requests: False
             assert (await computed(submit(batcher, 7.0)))[0].output == 14.0
@@ -652,6 +672,21 @@ def test_the_probe_goes_before_waiting_requests() -> None:
             await probe
             await computed(*answers)
             assert [block for block, _ in engine.calls] == [1, 0, 1, 1]
+
+    asyncio.run(go())
+
+
+def test_a_probe_times_a_batch_of_any_block() -> None:
+    async def go() -> None:
+        clock = Clock()
+
+        def during() -> None:
+            clock.now += 2.0
+
+        engine = FakeEngine(during=during)
+        async with batching(engine, clock=clock) as batcher:
+            assert await batcher.probe(PATIENCE_S, block=2, rows=8) == 2.0
+            assert engine.calls == [(2, [8])]
 
     asyncio.run(go())
 

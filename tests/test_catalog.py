@@ -13,21 +13,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
+import torch
 from prometheus_client import CollectorRegistry
 
 from cluster.models import Models
 from datamix import wire
+from datamix.canaries import CANARIES
 from datamix.errors import BundleError, ConfigError, NotFound, Unavailable
 from deployments import backbone as module
 from deployments import catalog as catalogs
 from deployments.backbone import Backbone
 from deployments.config import Config
+from deployments.emulated import emulated
 from deployments.metrics import PrometheusBackend
 from deployments.model import Loaded, load
 from deployments.peers import NoPeers
 from deployments.store import MemoryStore
 from deployments.table import Table
 from tests.real_cloud import PATIENCE_S, Cloud, answer, ask, http, serving
+from tests.test_bundle import replace_weights
 
 SHIPPED = Path(__file__).parents[1] / "bundles" / "fashion-mnist-mix"
 
@@ -414,7 +419,8 @@ def test_a_swap_fails_no_request_and_mixes_no_versions(bundles: dict[str, str]) 
 
 
 def test_a_version_that_leaves_answers_what_it_has(bundles: dict[str, str]) -> None:
-    config = Config(bundle=bundles["a1"], engine="null")
+    # A slow engine is nothing to be compared with, and this one is stopped.
+    config = Config(bundle=bundles["a1"], engine="null", canary_slowdown=None)
 
     async def go() -> None:
         store = MemoryStore()
@@ -440,6 +446,53 @@ def test_a_version_that_leaves_answers_what_it_has(bundles: dict[str, str]) -> N
             assert not old.batcher._thread.is_alive()
 
     asyncio.run(go())
+
+
+@pytest.mark.parametrize(("slowdown", "refused"), [(2.0, True), (None, False)])
+def test_a_version_much_slower_than_the_current_one_is_refused(
+    bundles: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    slowdown: float | None,
+    refused: bool,
+) -> None:
+    def slow(config: Config, bundle: str | None) -> Loaded:
+        loaded = load(config, bundle)
+        shapes = [block.input_shape for block in loaded.engine.blocks]
+        return loaded._replace(engine=emulated(shapes, 0.01, 0.0))
+
+    async def test(application: Replicas) -> None:
+        monkeypatch.setattr(catalogs, "load", slow)
+        if not refused:
+            await asyncio.to_thread(application.models.load, bundles["a2"])
+            return
+        with pytest.raises(
+            Unavailable,
+            match=r"was not loaded: full batches of all blocks take 0.02\d* s, and .* s with the "
+            r"current version '1', expected at most 2 times as long \(canary_slowdown\)$",
+        ):
+            await asyncio.to_thread(application.models.load, bundles["a2"])
+        found = await asyncio.to_thread(standing, application)
+        assert found == [("a", "1", True, 2)]
+
+    run(test, bundles["a1"], canary_slowdown=slowdown)
+
+
+def test_a_version_that_fails_its_canaries_is_refused_with_the_reason(
+    bundles: dict[str, str], tmp_path: Path
+) -> None:
+    spoilt = Path(copy_of(tmp_path, "a", "3"))
+    tensors = safetensors.numpy.load((spoilt / CANARIES).read_bytes())
+    tensors["blocks.1.output"] = -tensors["blocks.1.output"]
+    replace_weights(spoilt, CANARIES, safetensors.numpy.save(tensors))
+
+    async def test(application: Replicas) -> None:
+        with pytest.raises(Unavailable, match="was not loaded: block 1 fails its canaries: "):
+            await asyncio.to_thread(application.models.load, str(spoilt))
+        found = await asyncio.to_thread(standing, application)
+        assert found == [("a", "1", True, 1)]
+
+    threads = torch.get_num_threads()
+    run(test, bundles["a1"], replicas=1, engine="torch", threads=threads)
 
 
 def test_serving_goes_on_while_a_version_loads(

@@ -200,13 +200,13 @@ def test_probes_and_retries_go_first_and_take_a_place() -> None:
     gone = make_job(1)
     gone.cancelled = True
     thread.dispatch.probes += [gone, make_job(1)]
-    thread.dispatch.retries += [gone, make_job(2)]
+    thread.dispatch.retries += [[gone], [make_job(2), gone, make_job(1)]]
     probe = thread.start()
     assert (probe.probe, counts(probe.jobs)) == (True, [1])
     assert thread.next().finish
     thread.dispatch.land(thread.dispatch.flights[0], thread.clock.now)
     retry = thread.start()
-    assert (retry.probe, counts(retry.jobs)) == (False, [2])
+    assert (retry.probe, counts(retry.jobs), retry.rows) == (False, [2, 1], 3)
     assert thread.queue.rows == 3
 
 

@@ -12,7 +12,7 @@ from picows import WSCloseCode, WSTransport
 
 from datamix import wire
 from datamix.errors import Unavailable
-from edge.fleet import pacing, result
+from edge.fleet import device, pacing, result
 from edge.fleet.config import FleetConfig
 from edge.fleet.shard import Shard, ShardResult
 from edge.fleet.workload import EchoWorkload
@@ -109,6 +109,24 @@ def test_dropped_connections_cost_retries_and_lose_nothing() -> None:
     assert flown.counters.retries == flown.table["retries"].sum() >= len(seen)
     assert flown.counters.requests_sent == 150 + flown.counters.retries
     assert flown.counters.reconnects >= len(seen)
+
+
+def test_a_stream_that_died_without_a_sign_is_opened_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device, "SILENCE_S", 0.1)
+    dead: dict[int, Connection] = {}
+
+    def dies(connection: Connection, request: wire.Request) -> None:
+        if connection.cloud.requests <= 20:
+            dead[id(connection)] = connection
+        if id(connection) not in dead:
+            connection.send(echo(request))
+
+    flown = fly(dies, timeout_s=10.0, attempt_timeout_s=0.2)
+    assert statuses(flown) == {result.OK: 150}
+    assert flown.counters.reconnects >= len(dead) > 0
+    assert flown.counters.retries >= 20
 
 
 def test_a_moved_stream_costs_no_retry_and_loses_nothing() -> None:
@@ -283,6 +301,19 @@ def test_a_cloud_that_is_not_there_is_said_so() -> None:
 
     with pytest.raises(Unavailable, match="20 of 20 devices got no stream"):
         asyncio.run(go())
+
+
+def test_a_cloud_that_hangs_up_has_opened_no_stream() -> None:
+    """What a load balancer does whose server is gone: it accepts, and closes."""
+
+    async def run() -> None:
+        server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with server:
+            with pytest.raises(Unavailable, match="the cloud hung up instead of opening a stream"):
+                await make_shard(url, connect_timeout_s=0.2).connect()
+
+    asyncio.run(run())
 
 
 def test_a_defect_of_the_simulator_ends_the_run() -> None:

@@ -28,6 +28,8 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.monitoring.board import live_panels
+from cluster.monitoring.live import expression
 from datamix import wire
 from deployments.metrics import TABLE
 from edge.fleet.config import FleetConfig
@@ -52,8 +54,8 @@ PROFILE = {
 class Cluster:
     """The cluster, and Prometheus beside it."""
 
-    def __init__(self, watched: Watched, prometheus: str) -> None:
-        self.watched, self.prometheus = watched, prometheus
+    def __init__(self, watched: Watched, prometheus: str, page: str) -> None:
+        self.watched, self.prometheus, self.page = watched, prometheus, page
 
     def ask(self, path: str, **arguments: str) -> Any:
         query = urllib.parse.urlencode(arguments)
@@ -88,17 +90,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     environment = {"PYTHONPATH": path, "RAY_metrics_report_interval_ms": "1000"}
     with autoscaled(settings, environment) as watched:
         late(watched.url)
-        with monitoring(watched.address) as url:
-            yield Cluster(watched, url)
+        with monitoring(watched.address) as (url, page):
+            yield Cluster(watched, url, page)
 
 
 @contextlib.contextmanager
-def monitoring(address: str) -> Iterator[str]:
+def monitoring(address: str) -> Iterator[tuple[str, str]]:
     """`datamix monitor` as a user starts it, ended with Ctrl-C."""
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster.cli", "monitor", "--address", address, "--port", "0"]
-        + ["--interval", "2"],
+        + ["--interval", "2", "--page-port", "0"],
         cwd=ROOT,
         env={**os.environ, MARK: mark},
         stdout=subprocess.PIPE,
@@ -107,14 +109,17 @@ def monitoring(address: str) -> Iterator[str]:
     )
     try:
         assert process.stdout is not None
+        page = ""
         for line in process.stdout:
+            if found := re.match(r"page at (\S+)", line):
+                page = found[1]
             if found := re.match(r"Prometheus at (\S+),", line):
                 break
         else:
             pytest.fail("datamix monitor ended before Prometheus was ready")
         names = [each.name() for each in marked(mark)]
         assert "prometheus" in names
-        yield found[1]
+        yield found[1], page
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
         assert gone(mark, 5) == []
@@ -187,7 +192,7 @@ def test_every_metric_moves_every_rule_has_data_and_overload_is_told(cluster: Cl
 
     def look() -> bool:
         for name in list(still):
-            shown = f"{name}_count" if still[name].kind == "histogram" else name
+            shown = f"ray_{name}_count" if still[name].kind == "histogram" else f"ray_{name}"
             if any(value > 0 for _, value in cluster.query(f"max_over_time({shown}[1m])")):
                 del still[name]
         for name in list(without_data):
@@ -200,16 +205,34 @@ def test_every_metric_moves_every_rule_has_data_and_overload_is_told(cluster: Cl
         until(look, lambda: (set(still), without_data, quiet))
 
 
+def test_every_panel_of_the_live_page_has_data(cluster: Cluster) -> None:
+    empty = {panel.name: panel for panel in live_panels()}
+
+    def look() -> bool:
+        for name, panel in list(empty.items()):
+            if any(cluster.query(expression(query.expression)) for query in panel.queries):
+                del empty[name]
+        return not empty
+
+    with load(cluster, 60, timeout_s=5):
+        until(look, lambda: empty)
+    with urllib.request.urlopen(f"{cluster.page}/live.json", timeout=30) as answer:
+        told = json.load(answer)
+    assert told["state"] == "ok"
+    with urllib.request.urlopen(f"{cluster.page}/runbooks/shedding", timeout=30) as answer:
+        assert answer.read().startswith(b"# DataMixShedding")
+
+
 def test_a_node_is_scraped_without_what_nobody_asks_for(cluster: Cluster) -> None:
     targets = cluster.ask("targets")["activeTargets"]
     assert [target["health"] for target in targets] == ["up"]
-    assert not cluster.query('{__name__=~"ray_grpc_.*|ray_datamix_.*"}')
-    (node,) = {labels["node"] for labels, _ in cluster.query("datamix_rows_total")}
+    assert not cluster.query('{__name__=~"ray_grpc_.*"}')
+    (node,) = {labels["node"] for labels, _ in cluster.query("ray_datamix_rows_total")}
     assert targets[0]["scrapeUrl"].startswith(f"http://{node}:")
 
 
 def test_one_process_of_a_node_publishes_its_gpus(cluster: Cluster) -> None:
-    ups = cluster.query("datamix_gpu_up")
+    ups = cluster.query("ray_datamix_gpu_up")
     assert len(ups) == 1
     (power,) = cluster.query("datamix:gpu_power:watts") or [({}, 312.5)]  # not while it restarts
     assert power[1] == 312.5
@@ -222,7 +245,7 @@ def test_the_engine_is_as_busy_as_it_says(cluster: Cluster) -> None:
         before, began = cluster.watched.replicas(), time.monotonic()
         time.sleep(30)
         after, passed_s = cluster.watched.replicas(), time.monotonic() - began
-        shown = cluster.query("sum(rate(datamix_engine_busy_seconds_total[30s]))")
+        shown = cluster.query("sum(rate(ray_datamix_engine_busy_seconds_total[30s]))")
     both = before.keys() & after.keys()
     busy_s = sum(after[name]["engine_busy_s"] - before[name]["engine_busy_s"] for name in both)
     assert shown[0][1] == pytest.approx(busy_s / passed_s, rel=0.25, abs=0.02)

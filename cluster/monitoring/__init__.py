@@ -1,1 +1,1 @@
-"""Prometheus for a cluster: configurations, rules, alerts, and `datamix monitor`."""
+"""Watching a cluster: Prometheus with its rules, Grafana, the live page."""

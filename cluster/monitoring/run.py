@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cluster.monitoring.live import Live, Prometheus, serving
 from datamix.errors import ConfigError, Unavailable
 
 FOLDER = Path(__file__).parent
@@ -47,6 +48,7 @@ class Options:
         data: folder for what it records, kept; None for one that goes with it.
         gpu_exporters: ``host:port`` of each `datamix gpu-exporter`.
         interval_s: between two scrapes, and two evaluations of the rules.
+        page_port: of the live page, with the run-books; 0 for a free one, None for no page.
     """
 
     port: int = 9090
@@ -54,6 +56,7 @@ class Options:
     data: Path | None = None
     gpu_exporters: tuple[str, ...] = ()
     interval_s: int = 10
+    page_port: int | None = 9400
 
 
 def monitor(
@@ -79,13 +82,24 @@ def monitor(
     with contextlib.ExitStack() as stack:
         targets = stack.enter_context(nodes_of(address))
         url, process = stack.enter_context(prometheus(binary, targets, options))
-        # What else reads Prometheus, such as a page, starts here: its address is `url`, and the
-        # stack ends it before Prometheus.
         say(f"watching {len(targets())} node(s); alerts: {url}/alerts")
+        if options.page_port is not None:
+            page = stack.enter_context(_page(url, options.page_port))
+            print(f"page at {page}", flush=True)
         print(f"Prometheus at {url}, Ctrl-C ends it", flush=True)
         wait(lambda: process.poll() is not None)
         if process.poll() is not None:
             raise Unavailable(f"Prometheus ended by itself with code {process.returncode}")
+
+
+@contextlib.contextmanager
+def _page(url: str, port: int) -> Iterator[str]:
+    with (
+        contextlib.closing(Prometheus(url)) as source,
+        contextlib.closing(Live(source)) as live,
+        serving(live, port=port) as page,
+    ):
+        yield page
 
 
 def find_prometheus(binary: str | None = None) -> str:

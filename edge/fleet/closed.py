@@ -166,10 +166,11 @@ class _Stream(WSListener):
 class _Loop:
     """Lanes of queries over streams."""
 
-    def __init__(self, config: FleetConfig, workload: Workload, run: ClosedRun) -> None:
+    def __init__(self, config: FleetConfig, workload: Workload, run: ClosedRun, path: str) -> None:
         self._config = config
         self._workload = workload
         self._run = run
+        self._path = path
         self._nonce = secrets.token_hex(4)
         self._index = 0
         self._start_s = 0.0
@@ -206,7 +207,7 @@ class _Loop:
         config = self._config
         await ws_connect(
             lambda: stream,
-            config.stream_url(self._run.model),
+            config.stream_url(self._path),
             ssl_context=config.access.context(config.url),
             extra_headers=config.access.headers,
             max_frame_size=1 << 26,
@@ -338,5 +339,5 @@ def closed_loop(
 
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(_Loop(config, workload, run).drive(enough, on_query))
+        runner.run(_Loop(config, workload, run, target.path).drive(enough, on_query))
     return run

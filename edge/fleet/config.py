@@ -37,6 +37,8 @@ class FleetConfig:
         workload: ``bundle`` infers real inputs; ``echo`` sends noise and expects it back.
         verify: compare every answer with the locally computed one.
         timeout_s: an inference has failed this long after it was due.
+        attempt_timeout_s: a stream on which a message has waited this long for its answer, and
+            nothing else came lately either, is taken for dead: another is opened.
         max_retries: how often one inference sends a message again.
         retry_ratio: the whole fleet's retries per first send, above a floor of 100 per process.
         connect_at_once: how many devices open their stream at the same time.
@@ -77,6 +79,7 @@ class FleetConfig:
     workload: Literal["bundle", "echo"] = "bundle"
     verify: bool = True
     timeout_s: float = 10.0
+    attempt_timeout_s: float = 10.0
     max_retries: int = 5
     retry_ratio: float = 0.2
     connect_at_once: int = 200
@@ -117,7 +120,7 @@ class FleetConfig:
         for name in ("devices", "processes", "connect_at_once", "rows", "masks_ahead"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("rate", "duration_s", "timeout_s", "connect_timeout_s"):
+        for name in ("rate", "duration_s", "timeout_s", "attempt_timeout_s", "connect_timeout_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a positive number")
         if self.precompute < 0 or (self.precompute and self.workload != "bundle"):

@@ -15,6 +15,7 @@ from edge.fleet.workload import Inference
 
 FIRST_BACKOFF_S = 0.05
 LONGEST_BACKOFF_S = 2.0
+SILENCE_S = 2.0
 
 _MOVED = (WSCloseCode.GOING_AWAY, WSCloseCode.SERVICE_RESTART)
 
@@ -47,6 +48,7 @@ class Flight:
         "ready_s",
         "request_id",
         "sent",
+        "sent_s",
         "status",
     )
 
@@ -64,6 +66,7 @@ class Flight:
         self.held = False  # whether a charged time or a simulated link has it now
         self.ready_s = 0.0  # when the present message is ready to leave, by a profile's times
         self.sent = False  # whether the present message has left the device
+        self.sent_s = 0.0  # when it has, by the shard's clock
         self.attempts = 0  # resends so far, of all messages
         self.moved = False  # whether a message waits because the cloud moved the stream
         self.status = 0  # why the present message has to be sent again; 0 if it has not
@@ -98,6 +101,7 @@ class FleetDevice(WSListener):
         flights: inferences under way, sent or not.
         waiting: inferences whose message waits for the stream to come back.
         opened_s: when the stream was opened, by the shard's clock.
+        heard_s: when a message last came, likewise.
         moved: the cloud wants the stream elsewhere; it has answered what it has read.
         number_of_stream: how many streams it has had.
         opening: how many tasks are about to give it a stream.
@@ -120,6 +124,7 @@ class FleetDevice(WSListener):
         self.flights: set[Flight] = set()
         self.waiting: list[Flight] = []
         self.opened_s = 0.0
+        self.heard_s = 0.0
         self.moved = False
         self.number_of_stream = 0
         self.opening = 0
@@ -152,6 +157,13 @@ class FleetDevice(WSListener):
         """Lose the stream, if there is one, as a broken link does."""
         if self.transport is not None:
             self.transport.disconnect(graceful=False)
+
+    def is_silent(self, now: float, attempt_timeout_s: float) -> bool:
+        """Whether the stream may have died without a sign: asked long ago, and nothing came."""
+        return now - self.heard_s > SILENCE_S and any(
+            flight.sent and not flight.held and now - flight.sent_s > attempt_timeout_s
+            for flight in self.flights
+        )
 
     def pause(self) -> bool:
         """Read nothing more until :meth:`resume`; return whether that is new."""

@@ -41,14 +41,22 @@ class Target:
     """What the cloud at the other end serves.
 
     Attributes:
-        model: its name, as it stands in the URL.
+        model: its name.
         engine: the engine's name, such as ``torch:cpu:float32`` or ``null``.
         input_shapes: row shape of each block's input.
+        version: the version that the devices ask for, as stem and head belong to one; None for
+            whichever is current.
     """
 
     model: str
     engine: str
     input_shapes: tuple[tuple[int, ...], ...]
+    version: str | None = None
+
+    @property
+    def path(self) -> str:
+        """How the URL names it."""
+        return self.model if self.version is None else f"{self.model}/versions/{self.version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +172,7 @@ async def _serve(connection: Line, task: Task, stock: Stock | None) -> ShardResu
     offline = _offline(config, len(mine) if whole.closed is None else config.masks_ahead)
     workload = load(config, task.target, whole.distinct, stock, offline)
     shard = Shard(
-        config, task.target.model, mine, workload, task.number, task.shards, offline=offline
+        config, task.target.path, mine, workload, task.number, task.shards, offline=offline
     )
     loop = asyncio.get_running_loop()
     start: asyncio.Future[float] = loop.create_future()

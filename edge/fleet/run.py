@@ -196,16 +196,18 @@ def discover(config: FleetConfig) -> Target:
             fit the engine.
         Unavailable: nobody answers.
     """
-    model = config.model
+    model, version = config.model, None
     if model is None and config.bundle is not None:
         from datamix.bundle import read_manifest
 
-        model = read_manifest(config.bundle).name
+        manifest = read_manifest(config.bundle)
+        model, version = manifest.name, manifest.version
     if model is None:
         model = str(fetch(f"{config.base_url}/v2/stats", config.access).get("model", ""))
         if not model:
             raise ConfigError(f"{config.base_url} does not say which model it serves, expected one")
-    url = f"{config.base_url}/v2/models/{model}"
+    target = Target(model, "", (), version)
+    url = f"{config.base_url}/v2/models/{target.path}"
     body = fetch(url, config.access)
     try:
         parameters = body["parameters"]
@@ -221,7 +223,7 @@ def discover(config: FleetConfig) -> Target:
         )
     if not shapes:
         raise Unavailable(f"{url} names no block, expected at least one")
-    return Target(model, engine, shapes)
+    return dataclasses.replace(target, engine=engine, input_shapes=shapes)
 
 
 def _shape(config: FleetConfig, target: Target) -> tuple[int, int]:

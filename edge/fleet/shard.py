@@ -44,6 +44,7 @@ __all__ = ["Counters", "Progress", "Shard", "ShardResult"]
 
 _AT_ONCE = 16  # inferences begun in a row before answers get their turn
 _SWEEP_S = 0.01
+_LISTEN_S = 0.5
 _RETRY_FLOOR = 100
 
 
@@ -205,6 +206,7 @@ class Shard:
             self._timers.at(start_s + self.config.duration_s, self._measure_cpu)
             self._finish_if_over()
         self._sweep()
+        self._listen()
         try:
             await self._done
         finally:
@@ -421,6 +423,7 @@ class Shard:
         elif flight.block == 0:
             column["sent_s"][position] = self.clock() - self._start_s
         flight.sent = True
+        flight.sent_s = self.clock()
         flight.moved = False
         self._flights[flight.request_id] = flight
         self.counters.requests_sent += 1
@@ -429,6 +432,7 @@ class Shard:
 
     def on_message(self, device: FleetDevice, body: bytes) -> None:
         """Match an answer to its question, and go on with that inference."""
+        device.heard_s = self.clock()
         if device.slow:
             self._streams.on_read(device)
         try:
@@ -592,6 +596,18 @@ class Shard:
                 self._end(flight, self._why_late(flight))
         if not self._done.done():
             asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
+
+    def _listen(self) -> None:
+        """Drop streams that seem to be dead, as a client does; runs until the run is over.
+
+        A host that lost its power says no goodbye, and TCP waits for it for many minutes.
+        """
+        now = self.clock()
+        for device in self._devices:
+            if device.flights and device.is_silent(now, self.config.attempt_timeout_s):
+                device.drop()
+        if not self._done.done():
+            asyncio.get_running_loop().call_later(_LISTEN_S, self._listen)
 
     def _why_late(self, flight: Flight) -> int:
         """Name what kept an inference from its answer until the deadline."""

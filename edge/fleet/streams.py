@@ -162,6 +162,7 @@ class Streams:
         return "the device has gone"
 
     async def _try(self, device: FleetDevice) -> str | None:
+        count = device.number_of_stream
         try:
             await ws_connect(
                 lambda: device,
@@ -175,6 +176,8 @@ class Streams:
             )
         except (TimeoutError, OSError, WSError) as error:
             return str(error) or type(error).__name__
+        if device.number_of_stream == count:  # picows says so nowhere else
+            return "the cloud hung up instead of opening a stream"
         return None
 
     async def _reopen(self, device: FleetDevice) -> None:
