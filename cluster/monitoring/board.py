@@ -446,7 +446,7 @@ COST = Panel(
     ),
 )
 
-# By the recording rules (rules.yml), over all that Prometheus watches: windows of days would be slow.
+# By the recording rules (rules.yml), of all that Prometheus watches: windows of days are slow.
 BURN = Panel(
     "slo_burn",
     "Error budget burned",
