@@ -167,7 +167,7 @@ def _metered(options: dict[str, Any]) -> None:
         telemetry_app.deploy(configs, port, replicas)
         for name in configs:
             wait_ready(f"http://127.0.0.1:{port}/{name}", 120)
-        (node,) = ray.nodes()
+        (node,) = ray.nodes()  # type: ignore[no-untyped-call]
         metrics = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         _serve_until_told(f"http://127.0.0.1:{port}", metrics=metrics)
 

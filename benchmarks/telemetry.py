@@ -297,7 +297,7 @@ def main() -> None:
             "utilisation: lowest and highest are the engine's own clock over the same window",
         ],
         options.json,
-        **{name: value for _, figures in parts for name, value in figures.items()},
+        **dict[str, Any]({name: value for _, each in parts for name, value in each.items()}),
     )
 
 

@@ -58,7 +58,7 @@ class Metered(Backbone):
             pending: Any = start(engine, block, requests)
             return _Watched(pending, began, self)
 
-        EmulatedEngine.start = watched  # type: ignore[method-assign]
+        EmulatedEngine.start = watched  # type: ignore[method-assign,assignment]
 
 
 class _Watched:

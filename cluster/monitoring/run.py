@@ -134,7 +134,7 @@ def nodes_of(address: str) -> Iterator[Targets]:
     try:
         yield lambda: [
             f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
-            for node in ray.nodes()
+            for node in ray.nodes()  # type: ignore[no-untyped-call]
             if node["Alive"]
         ]
     finally:
