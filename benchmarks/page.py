@@ -52,6 +52,17 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
             ("growth_from_50_percent_mib", "<=", 16.0),
         ],
     ),
+    "telemetry": (
+        "What do metrics and traces cost a message, a scrape a node of eight replicas, and is a "
+        "shown utilisation true?",
+        [
+            ("recording_share_of_cpu", "<=", 0.02),
+            ("metrics_on_over_off", "<=", 0.02),
+            ("scrape_ms", "<=", 50.0),
+            ("series_kept", "<=", 2000.0),
+            ("utilisation_off_points", "<=", 2.0),
+        ],
+    ),
     "added_latency": (
         "How much later is an answer than the bare forward, when nobody else asks?",
         [("added_p50_ms_null_engine", "<=", 1.0), ("added_p50_ms_block", "<=", 1.0)],
@@ -102,6 +113,25 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
     "omission": (
         "Does the report show a cloud that stalls for 2 s in a run of 30?",
         [("open_p99_over_stall", ">=", 0.8), ("closed_p99_over_stall", "<=", 0.1)],
+    ),
+    "upgrade": (
+        "Does an upgrade cost a device anything, and is a bad version kept out?",
+        [
+            ("requests", ">=", 20_000.0),
+            ("failed", "<=", 0.0),
+            ("wrong", "<=", 0.0),
+            ("stray", "<=", 0.0),
+            ("mixed_version", "<=", 0.0),
+            ("refused", ">=", 7.0),
+        ],
+    ),
+    "failures": (
+        "What do devices see when something in the cloud dies, hangs or is cut off?",
+        [("wrong", "<=", 0.0), ("lost", "<=", 0.0), ("replica_back_s", "<=", 10.0)],
+    ),
+    "failures_hosts": (
+        "What do devices see when a host of the cluster fails, or the network between its hosts?",
+        [("wrong", "<=", 0.0), ("lost", "<=", 0.0)],
     ),
     "capacity": (
         "Does the search for a cloud's capacity find what is known of an emulated engine?",
