@@ -222,6 +222,7 @@ def build(cluster: dict[str, Any], serve: str, image: str | None = None) -> str:
     variables = [
         f"- {{name: {name}, value: {json.dumps(value)}}}"
         for name, value in start.environment.items()
+        if name != "RAY_enable_autoscaler_v2"  # autoscalerOptions says which
     ]
     store = start.options.get("object-store-memory")
     kept = "" if store is None else f'object-store-memory: "{store}"'
