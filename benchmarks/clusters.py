@@ -150,8 +150,31 @@ def _transports(options: dict[str, Any]) -> None:
         _serve_until_told(f"http://127.0.0.1:{port}", grpc_port=grpc_port)
 
 
+def _metered(options: dict[str, Any]) -> None:
+    """Replicas that know what their metrics cost them; also says where their node is scraped."""
+    # Before Ray reads it: the agent hears of metrics every second, where 10 s are usual.
+    os.environ.update({"RAY_metrics_report_interval_ms": "1000"})
+    from benchmarks import telemetry_app
+    from cluster.local import free_port, local_ray, wait_ready
+    from deployments.config import Config
+
+    port = free_port()
+    configs = {name: Config(**config) for name, config in options["configs"].items()}
+    replicas = options.get("replicas", 1)
+    with local_ray(replicas * len(configs)):
+        import ray
+
+        telemetry_app.deploy(configs, port, replicas)
+        for name in configs:
+            wait_ready(f"http://127.0.0.1:{port}/{name}", 120)
+        (node,) = ray.nodes()  # type: ignore[no-untyped-call]
+        metrics = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        _serve_until_told(f"http://127.0.0.1:{port}", metrics=metrics)
+
+
 if __name__ == "__main__":
     kinds = {
+        "metered": _metered,
         "ours": _ours,
         "operators": _operators,
         "bare": _bare,

@@ -86,6 +86,7 @@ class Task:
     run_s: float
     least_bytes: int
     headers: dict[str, str]
+    hundredth: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,10 @@ class _Client(Protocol):
 
 
 class _Stream(WSListener):
-    def __init__(self, message: bytes, depth: int, least_bytes: int) -> None:
+    def __init__(
+        self, message: bytes, depth: int, least_bytes: int, hundredth: bytes = b""
+    ) -> None:
+        self.hundredth = hundredth or message
         self.message, self.depth, self.least_bytes = message, depth, least_bytes
         self.count = 0
         self.latencies_s: list[float] = []
@@ -145,7 +149,8 @@ class _Stream(WSListener):
             now = time.monotonic()
             self.latencies_s.append(now - self.sent.popleft())
             self.sent.append(now)
-            transport.send(WSMsgType.BINARY, self.message)
+            message = self.message if self.count % 100 else self.hundredth
+            transport.send(WSMsgType.BINARY, message)
         elif frame.msg_type not in (WSMsgType.PING, WSMsgType.PONG):
             self.fault = f"a frame is of type {frame.msg_type}, expected one whole binary message"
             transport.disconnect()
@@ -163,7 +168,7 @@ async def _connect(task: Task) -> list[_Client]:
     host, port = str(parts.hostname), int(parts.port or 80)
     for _ in range(task.connections):
         if task.kind == "stream":
-            stream = _Stream(task.message, task.depth, task.least_bytes)
+            stream = _Stream(task.message, task.depth, task.least_bytes, task.hundredth)
             await ws_connect(partial(_same, stream), task.url, extra_headers=HEADERS)
             clients.append(stream)
         else:
@@ -221,6 +226,7 @@ def run(
     mark: str = "",
     headers: dict[str, str] | None = None,
     least_share: float = 0.5,
+    hundredth: bytes = b"",
 ) -> Load:
     """Load ``url`` and say what came of it.
 
@@ -236,12 +242,14 @@ def run(
         mark: the server whose processes are to be counted.
         headers: for ``post``.
         least_share: the least an answer must have of the request's size; less is an error.
+        hundredth: of a stream, another message for each hundredth.
     """
     spawn = multiprocessing.get_context("spawn")
     results, barrier = spawn.Queue(), spawn.Barrier(processes + 1)
     task = Task(
         kind, url, message, connections // processes, depth, warm_s, run_s,
         int(least_share * len(message)), headers or {},
+        hundredth,
     )  # fmt: skip
     workers = [
         spawn.Process(target=_process, args=(task, results, barrier), daemon=True)

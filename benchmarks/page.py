@@ -52,6 +52,17 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
             ("growth_from_50_percent_mib", "<=", 16.0),
         ],
     ),
+    "telemetry": (
+        "What do metrics and traces cost a message, a scrape a node of eight replicas, and is a "
+        "shown utilisation true?",
+        [
+            ("recording_share_of_cpu", "<=", 0.02),
+            ("metrics_on_over_off", "<=", 0.02),
+            ("scrape_ms", "<=", 50.0),
+            ("series_kept", "<=", 2000.0),
+            ("utilisation_off_points", "<=", 2.0),
+        ],
+    ),
     "added_latency": (
         "How much later is an answer than the bare forward, when nobody else asks?",
         [("added_p50_ms_null_engine", "<=", 1.0), ("added_p50_ms_block", "<=", 1.0)],
@@ -79,6 +90,11 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
             ("stock_us", "<=", 60.0),
             ("cheapest_locust_over_fleet", ">=", 5.0),
         ],
+    ),
+    "ray_up": (
+        "How long from `ray up` to the first answered request, where the packages are on the "
+        "machines?",
+        [("first_answer_s", "<=", 120.0), ("failed", "<=", 0.0), ("wrong", "<=", 0.0)],
     ),
     "fleet_scale": (
         "Do 10,000 devices on two cores send on time, beside the cloud that answers them?",

@@ -26,7 +26,7 @@ from cluster.device_cli import profile_device
 from cluster.launch_cli import down, status, up
 from cluster.ledger_cli import ledger
 from cluster.models_cli import app as models
-from cluster.monitor_cli import gpu_exporter
+from cluster.monitor_cli import gpu_exporter, monitor
 from cluster.options import (
     AllowSameOperator,
     CaFile,
@@ -64,6 +64,7 @@ app.command()(costs)
 app.command()(down)
 app.command()(deploy)
 app.command("gpu-exporter")(gpu_exporter)
+app.command()(monitor)
 app.command()(ledger)
 app.command("profile-device")(profile_device)
 app.command()(report)

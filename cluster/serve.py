@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from cluster.local import APPLICATION, deploy, local_cluster
@@ -99,8 +99,8 @@ def _on_cluster(
         ray.shutdown()
 
 
-def wait_for_signal() -> None:
-    """Return at Ctrl-C or SIGTERM."""
+def wait_for_signal(ended: Callable[[], bool] | None = None) -> None:
+    """Return at Ctrl-C or SIGTERM, or soon after ``ended`` says so."""
     done = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -108,7 +108,8 @@ def wait_for_signal() -> None:
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        done.wait()
+        while not done.wait(None if ended is None else 0.5) and not (ended and ended()):
+            pass
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -420,11 +420,11 @@ class Recorder:
         self._last: dict[tuple[str, ...], float] = {}
         self._begun = False
 
-    def record(self, name: str, value: float, **labels: str) -> None:
+    def record(self, name: str, value: float, /, **labels: str) -> None:
         """Set a gauge, or observe in a histogram."""
         self._backend.record(self._metrics[name], value, {**self._labels, **labels})
 
-    def advance(self, name: str, total: float, **labels: str) -> None:
+    def advance(self, name: str, total: float, /, **labels: str) -> None:
         """Add what a running total grew by; Ray refuses to add nothing.
 
         A total that fell has begun anew, as a driver's does when it is loaded again.

@@ -1,5 +1,7 @@
 """An embedded cluster that scales itself, as a program: says what it does in lines of JSON.
 
+Its argument, an object of JSON, changes settings of the application.
+
 It ends when its standard input does.
 """
 
@@ -41,12 +43,16 @@ def say(**words: Any) -> None:
 
 
 def main() -> None:
+    given = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
     config = Config(
-        engine=f"emulated:{A_S},{B_S}",
-        echo_shape=SHAPE,
-        max_batch_rows=MAX_BATCH_ROWS,
-        max_request_rows=4,
-        rotate_streams_within_s=1,
+        **{
+            "engine": f"emulated:{A_S},{B_S}",
+            "echo_shape": SHAPE,
+            "max_batch_rows": MAX_BATCH_ROWS,
+            "max_request_rows": 4,
+            "rotate_streams_within_s": 1,
+            **given,
+        }
     )
     with local_ray(AUTOSCALING["max_replicas"]) as address:
         from ray import serve

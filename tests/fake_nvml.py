@@ -218,19 +218,25 @@ class FakeNvml:
 
 
 def living(nvml: FakeNvml, began: float | None = None) -> FakeNvml:
-    """One that draws its power, is throttled and fails now and then, for a whole cluster's test."""
+    """One that draws its power, is throttled, fails and restarts, for a whole cluster's test."""
     began = time.monotonic() if began is None else began
     gpu = nvml.gpus[0]
     gpu.throttled = pynvml.nvmlClocksThrottleReasonSwPowerCap
-    enter = nvml._enter
+    gpu.processes = [(1, GIB)]
+    enter, counts = nvml._enter, 0
 
     def live(name: str, handle: Gpu | Instance | None = None) -> None:
+        nonlocal counts
+        nvml.calls.clear()
         passed_s = time.monotonic() - began
         gpu.millijoules = 5_000_000 + int(passed_s * gpu.milliwatts)
         gpu.throttled_ns[pynvml.NVML_PERF_POLICY_POWER] = int(passed_s * 1e8)
         gpu.ecc[pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED] = int(passed_s)
-        if name == "nvmlDeviceGetCount" and len(nvml.calls) % 50 == 0:
+        counts += name == "nvmlDeviceGetCount"
+        if name == "nvmlDeviceGetCount" and counts % 3 == 0:
             nvml.events.append((0, 63))
+        if name == "nvmlDeviceGetCount" and counts % 8 == 0:
+            nvml.open = False
         enter(name, handle)
 
     nvml._enter = live  # type: ignore[method-assign]

@@ -32,7 +32,8 @@ class Watched:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        self.url = str(json.loads(process.stdout.readline())["url"])
+        first = json.loads(process.stdout.readline())
+        self.url, self.address = str(first["url"]), str(first["address"])
         self.states: dict[str, int] = {}
         self._output = process.stdout
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -54,12 +55,14 @@ class Watched:
 
 
 @contextlib.contextmanager
-def autoscaled() -> Iterator[Watched]:
+def autoscaled(
+    settings: dict[str, Any] | None = None, environment: dict[str, str] | None = None
+) -> Iterator[Watched]:
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.autoscaled"],
+        [sys.executable, "-m", "tests.autoscaled", json.dumps(settings or {})],
         cwd=ROOT,
-        env={**os.environ, MARK: mark},
+        env={**os.environ, **(environment or {}), MARK: mark},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

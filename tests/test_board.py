@@ -14,6 +14,7 @@ import yaml
 from cluster.monitoring import grafana
 from cluster.monitoring.board import BOARDS, live_panels
 from cluster.monitoring.live import expression
+from cluster.monitoring.run import FOLDER
 from deployments.metrics import TABLE
 
 PANELS = [(board.name, panel) for board in BOARDS for panel in board.panels]
@@ -21,8 +22,12 @@ TYPES = {"lines": "timeseries", "heat": "heatmap", "table": "table"}
 
 
 def known() -> set[str]:
-    """Names of all series that Prometheus can have of the table."""
-    names = set()
+    """Names of all series that Prometheus can have of the table, and by our rules."""
+    names = {
+        rule["record"]
+        for group in yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"]
+        for rule in group["rules"]
+    }
     for metric in TABLE:
         name = f"ray_{metric.name}"
         names |= {f"{name}_bucket"} if metric.kind == "histogram" else {name}
@@ -31,7 +36,7 @@ def known() -> set[str]:
 
 @pytest.mark.parametrize(("board", "panel"), PANELS, ids=lambda one: getattr(one, "name", one))
 def test_a_panel_asks_for_metrics_that_exist(board: str, panel: object) -> None:
-    asked = set(re.findall(r"ray_datamix_\w+", json.dumps(repr(panel))))
+    asked = set(re.findall(r"(?:ray_datamix_|datamix:)[\w:]+", json.dumps(repr(panel))))
     assert asked and asked <= known()
 
 

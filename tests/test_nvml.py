@@ -10,9 +10,10 @@ from typing import Any
 
 import pynvml
 import pytest
+from prometheus_client import CollectorRegistry
 
 from deployments import nvml
-from deployments.metrics import TABLE, Sample, rows
+from deployments.metrics import TABLE, PrometheusBackend, Recorder, Sample, rows
 from deployments.node import take_name
 from deployments.nvml import Watch
 from tests.fake_nvml import GIB, FakeNvml, living
@@ -75,6 +76,17 @@ def test_every_row_of_a_node_is_read() -> None:
     fake.events.append((0, 79))
     names = {sample.name for sample in Watch(fake).samples()}
     assert names == {row.name for row in rows("node")}
+
+
+def test_a_reading_can_be_published() -> None:
+    registry = CollectorRegistry()
+    recorder = Recorder(PrometheusBackend(registry, rows("node")))
+    watch = Watch(living(FakeNvml()))
+    for _ in range(4):
+        recorder.publish(watch.samples())
+    labels = {"gpu": "0", "mig": "", "uuid": "GPU-0", "name": "NVIDIA Fake", "driver": "580.65"}
+    assert registry.get_sample_value("datamix_gpu_info", labels) == 1
+    assert registry.get_sample_value("datamix_gpu_energy_joules_total", {"gpu": "0"})
 
 
 def test_reasons_of_throttling_are_told_apart() -> None:

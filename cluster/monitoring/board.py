@@ -446,6 +446,43 @@ COST = Panel(
     ),
 )
 
+# By the recording rules (rules.yml), of all that Prometheus watches: windows of days are slow.
+BURN = Panel(
+    "slo_burn",
+    "Error budget burned",
+    "Share of failed requests over the 1% that the objective allows: at 1 the budget lasts for its "
+    "period, at 14.4 for two days of thirty.",
+    "count",
+    tuple(
+        Query(f"datamix:slo_errors:ratio_rate{window} / 0.01", f"{{{{application}}}} {window}")
+        for window in ("5m", "1h", "6h", "3d")
+    ),
+)
+GOODPUT = Panel(
+    "goodput",
+    "Goodput",
+    "Requests answered in time.",
+    "per_s",
+    (Query("datamix:goodput:rate5m", "{{application}}"),),
+)
+REFUSED = Panel(
+    "rows_shed",
+    "Share of rows refused",
+    "On arrival, of all that came.",
+    "ratio",
+    (Query("datamix:rows_shed:ratio_rate5m", "{{application}}"),),
+)
+WAITS = Panel(
+    "queue_waits",
+    "Wait for the engine, mean and tail",
+    "The mean is of all requests, the 99th percentile of each batch's oldest.",
+    "seconds",
+    (
+        Query("datamix:queue_wait_seconds:mean5m", "{{model}} {{version}} mean"),
+        Query("datamix:queue_wait_seconds:p99_5m", "{{model}} {{version}} p99"),
+    ),
+)
+
 # --- boards -------------------------------------------------------------------------------------
 
 BOARDS: tuple[Board, ...] = (
@@ -494,6 +531,15 @@ BOARDS: tuple[Board, ...] = (
         "autoscaling",
         "DataMix: autoscaling",
         (Row("Replicas", (AUTOSCALER, FORECAST, DECISIONS, PREDICTED)),),
+    ),
+    Board(
+        "slo",
+        "DataMix: service level",
+        (
+            Row("The objective", (BURN, GOODPUT)),
+            Row("What eats it", (REFUSED, WAITS)),
+        ),
+        ("slo-burn", "shedding", "retry-storm"),
     ),
 )
 

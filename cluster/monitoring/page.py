@@ -12,10 +12,10 @@ _HEAD = """\
 
 <!-- Made by `python -m cluster.monitoring.page` from deployments/metrics.py; do not edit. -->
 
-On a cluster all of them go through Ray's metrics agent, which adds the prefix `ray_`; the
-configurations in [cluster/monitoring](../cluster/monitoring) take it off again, so that rules and
-dashboards read the names below. `datamix gpu-exporter` has those of the GPUs without a prefix. What
-to do with them stands in [monitoring.md](monitoring.md).
+On a cluster all of them go through Ray's metrics agent, which adds the prefix `ray_` to the names
+below; rules and dashboards have it. `datamix gpu-exporter` serves those of the GPUs without; the
+configurations in [cluster/monitoring](../cluster/monitoring) add it. What to do with all of them
+stands in [monitoring.md](monitoring.md).
 
 Ray adds labels: `application`, `deployment` and `replica` to those of a replica, and
 `NodeAddress`, `SessionName`, `WorkerId` and its own `Version` to all.
