@@ -32,12 +32,27 @@ class Scene:
         faults: where files switch an engine's faults (tests/faulty.py).
         cut: cuts the devices' line to the cloud, or mends it.
         door: what the devices know as the cloud: the end of that line.
+        args: the application's settings.
     """
 
     cluster: Operated
     faults: Path
     cut: Callable[[bool], None]
     door: str
+    args: dict[str, Any]
+
+    def deploy(self, **changes: Any) -> None:
+        """Deploy with these settings changed, and wait.
+
+        Raises:
+            Unavailable: it failed, and why.
+        """
+        self.cluster.deploy(
+            self.args | changes,
+            replicas=REPLICAS,
+            import_path="tests.faulty:app",
+            environment={"FAULTS": str(self.faults)},
+        )
 
 
 @dataclass(frozen=True)
@@ -150,14 +165,11 @@ def scene(**args: Any) -> Iterator[Scene]:
     with contextlib.ExitStack() as stack:
         faults = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dmx-faults-")))
         cluster = stack.enter_context(operated(REPLICAS))
-        cluster.deploy(
-            {"bundle": str(BUNDLE), "threads": 1, **args},
-            replicas=REPLICAS,
-            import_path="tests.faulty:app",
-            environment={"FAULTS": str(faults)},
-        )
         line = stack.enter_context(relay(int(cluster.url.rpartition(":")[2])))
-        yield Scene(cluster, faults, line.cut, f"http://127.0.0.1:{line.port}")
+        settings = {"bundle": str(BUNDLE), "threads": 1, **args}
+        scene = Scene(cluster, faults, line.cut, f"http://127.0.0.1:{line.port}", settings)
+        scene.deploy()
+        yield scene
 
 
 def strike(scene: Scene, name: str, **settings: Any) -> tuple[Seen, Struck]:

@@ -91,6 +91,11 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
             ("cheapest_locust_over_fleet", ">=", 5.0),
         ],
     ),
+    "ray_up": (
+        "How long from `ray up` to the first answered request, where the packages are on the "
+        "machines?",
+        [("first_answer_s", "<=", 120.0), ("failed", "<=", 0.0), ("wrong", "<=", 0.0)],
+    ),
     "fleet_scale": (
         "Do 10,000 devices on two cores send on time, beside the cloud that answers them?",
         [
@@ -108,6 +113,25 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
     "omission": (
         "Does the report show a cloud that stalls for 2 s in a run of 30?",
         [("open_p99_over_stall", ">=", 0.8), ("closed_p99_over_stall", "<=", 0.1)],
+    ),
+    "upgrade": (
+        "Does an upgrade cost a device anything, and is a bad version kept out?",
+        [
+            ("requests", ">=", 20_000.0),
+            ("failed", "<=", 0.0),
+            ("wrong", "<=", 0.0),
+            ("stray", "<=", 0.0),
+            ("mixed_version", "<=", 0.0),
+            ("refused", ">=", 7.0),
+        ],
+    ),
+    "failures": (
+        "What do devices see when something in the cloud dies, hangs or is cut off?",
+        [("wrong", "<=", 0.0), ("lost", "<=", 0.0), ("replica_back_s", "<=", 10.0)],
+    ),
+    "failures_hosts": (
+        "What do devices see when a host of the cluster fails, or the network between its hosts?",
+        [("wrong", "<=", 0.0), ("lost", "<=", 0.0)],
     ),
     "capacity": (
         "Does the search for a cloud's capacity find what is known of an emulated engine?",

@@ -12,6 +12,7 @@ python -m benchmarks.scaling --write    puts them into docs/scaling.md
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -19,7 +20,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -27,10 +28,14 @@ from benchmarks import report
 from deployments.capacity import Report, sustainable
 from deployments.profile import Profile, read_profile
 
+if TYPE_CHECKING:
+    from datamix.models.costs import Costs
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs/benchmarks"
 PAGE = ROOT / "docs/scaling.md"
 SCALES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
+HABITS_DEVICES, HABITS = 1_000_000, (2.0, 20.0, 200.0, 2_000.0, 20_000.0)
 DAY_S, MONTH_DAYS = 86_400, 30
 FRAMING_BYTES = 400  # of one message beside its rows
 
@@ -395,12 +400,18 @@ def read_settings() -> dict[str, Any]:
     return found
 
 
-def build_workload(name: str, entry: Mapping[str, Any]) -> tuple[Workload, float]:
-    """A network's demands, and the FLOPs of a row in block 0, for which its speed was measured."""
+@functools.cache
+def _costs(architecture: str, options: str) -> Costs:
+    """What a network costs, by its name and its options as JSON."""
     from datamix.models import Architecture, build
     from datamix.models.costs import costs
 
-    found = costs(build(Architecture(entry["architecture"], entry["options"])))
+    return costs(build(Architecture(architecture, json.loads(options))))
+
+
+def build_workload(name: str, entry: Mapping[str, Any]) -> tuple[Workload, float]:
+    """A network's demands, and the FLOPs of a row in block 0, for which its speed was measured."""
+    found = _costs(entry["architecture"], json.dumps(entry["options"]))
     blocks = [part.flops for part in found.parts if part.side == "cloud"]
     rows, rounds = entry["group_size"], len(found.rounds)
     return (
@@ -516,9 +527,11 @@ def max_workers() -> int:
 
 
 def figure(value: float) -> str:
-    """Three significant digits, and thousands parted."""
-    if value == 0 or not math.isfinite(value):
+    """Three significant digits, and thousands parted; nothing for less than a millionth."""
+    if not math.isfinite(value):
         return f"{value:g}"
+    if abs(value) < 1e-6:
+        return "0"
     digits = 2 - math.floor(math.log10(abs(value)))
     rounded = round(value, digits)
     return f"{rounded:,.{max(0, digits)}f}"
@@ -598,6 +611,78 @@ def breaks_table(cases: Sequence[Case], health_check_s: float) -> str:
         row |= {limit: figure(devices) for limit, devices in met.items()}
         row["health checks/s of a replica in a full cluster"] = figure((most + 1) / health_check_s)
         rows.append(row)
+    return markdown(rows)
+
+
+def habits_table(settings: dict[str, Any], devices: int, habits: Sequence[float]) -> str:
+    """So many devices that ask more or less often: what decides then, and what it costs."""
+    rows = []
+    for entry in settings["cases"]:
+        for per_day in habits:
+            case = build_case(settings, entry, per_day=per_day)
+            found = plan(case, devices)
+            rows.append(
+                {
+                    "case": case.title,
+                    "inferences per device and day": f"{per_day:,.0f}",
+                    "streams at once": figure(found.streams),
+                    "streams opened per s": figure(
+                        devices
+                        * opening_rate(
+                            case.behaviour.rate(case.behaviour.peak), case.behaviour.idle_timeout_s
+                        )
+                    ),
+                    "workers": f"{found.nodes:,}",
+                    "decides": found.limit,
+                    "USD per million inferences": figure(
+                        found.usd_per_day / found.inferences_per_day * 1e6
+                    ),
+                }
+            )
+    return markdown(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Core seconds of a run that was measured, and what the same figures predict for it."""
+
+    predicted_s: dict[str, float]
+    measured_s: float
+
+
+def replay() -> Replay:
+    """The run of benchmarks.fleet_scale, from what single messages and streams cost."""
+    run = result("fleet_scale")
+    (row,) = run["rows"]
+    (seconds,) = re.findall(r"until the end, (\d+) s", " ".join(run["notes"]))
+    (requests,) = re.findall(r"inferences (\d+)", run["notes"][1])
+    parts = {part["part"]: part for part in result("streams")["rows"]}
+    streams = int(re.findall(r"^(\d+) streams", result("streams")["title"])[0])
+    both = [parts["replica"], parts["HAProxy"]]
+    opening = sum(part["CPU us to open"] for part in both)
+    idling = sum(part["CPU us per idle second"] for part in both)
+    # Ray works by the clock: what it did beside so many streams, once for each cloud.
+    rest = parts["rest of Ray"]["CPU us per idle second"] * streams
+    return Replay(
+        {
+            "messages": int(requests) * message_cpu(33),
+            "opening of streams": 1e-6 * row["devices"] * opening,
+            "open streams": 1e-6 * row["devices"] * idling * int(seconds),
+            "Ray itself": 1e-6 * rest * row["front doors"] * int(seconds),
+        },
+        1e-6 * row["server CPU us"] * int(requests),
+    )
+
+
+def replay_table() -> str:
+    """Prediction and measurement side by side."""
+    found = replay()
+    rows = [
+        {"core seconds": name, "value": figure(value)} for name, value in found.predicted_s.items()
+    ]
+    predicted = sum(found.predicted_s.values())
+    rows.append({"core seconds": "predicted in all", "value": figure(predicted)})
+    rows.append({"core seconds": "measured", "value": figure(found.measured_s)})
     return markdown(rows)
 
 
@@ -690,7 +775,12 @@ def tables(
 ) -> dict[str, str]:
     """All tables by name, as docs/scaling.md has them."""
     checks_s = settings["documented"]["health_check_every_s"]["value"]
-    made = {"a node": node_table(cases), "what breaks": breaks_table(cases, checks_s)}
+    made = {
+        "a replay": replay_table(),
+        "a node": node_table(cases),
+        "what breaks": breaks_table(cases, checks_s),
+        "habits": habits_table(settings, HABITS_DEVICES, HABITS),
+    }
     made |= {case.title: plan_table(case, scales) for case in cases}
     return made | {"what goes in": input_table(settings, cases)}
 

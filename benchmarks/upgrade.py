@@ -298,7 +298,8 @@ def main() -> None:
         options.json,
         requests=float(answered + counts.total()),
         failed=float(sum(s.lost for s in seen) + counts["failed"]),
-        wrong=float(sum(s.summary.wrong + s.strays for s in seen) + counts["wrong"]),
+        wrong=float(sum(s.summary.wrong for s in seen) + counts["wrong"]),
+        stray=float(sum(s.strays for s in seen)),
         mixed_version=float(counts["mixed"]),
         refused=float(len(refused)),
     )

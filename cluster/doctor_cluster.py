@@ -293,6 +293,19 @@ def descriptors(facts: Facts) -> Finding:
     return verdict(bad, f"enough for {share} devices per front door")
 
 
+def ports_to_replicas(facts: Facts) -> Finding:
+    """HAProxy has a port for each stream that it passes to one replica."""
+    replicas = sum(deployment["replicas"] for _, deployment in deployments(facts))
+    # Streams go where there are fewest, so evenly.
+    streams = math.ceil(devices_per_door(facts) / max(1, replicas))
+    bad = [
+        f"{node['local_ports']} ports on {name} for {streams} streams to each replica"
+        for name, node in doors(facts).items()
+        if 0 < node["local_ports"] < streams
+    ]
+    return verdict(bad, f"enough for {streams} streams from each door to each replica")
+
+
 def threads(facts: Facts) -> Finding:
     """HAProxy has no more threads than its node has processors."""
     bad = [
@@ -565,6 +578,14 @@ TRAPS = (
         "HAProxy may not open the files (2.5 per device) for its share of the devices",
         "raise the hard limit where Ray is started (docker --ulimit nofile, limits.conf)",
         descriptors,
+    ),
+    Trap(
+        "ports to replicas",
+        "a front door has fewer local ports than streams to one replica (28,232 by default), as a "
+        "single machine soon has",
+        "more replicas; or sysctl net.ipv4.ip_local_port_range='32768 65535', a sixth more (below "
+        "that are the ports of Ray and its replicas)",
+        ports_to_replicas,
     ),
     Trap(
         "HAProxy's threads",

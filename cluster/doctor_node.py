@@ -104,6 +104,7 @@ class NodeFacts(TypedDict):
     descriptors: int
     cpus: int
     gpu_driver: str
+    local_ports: int
     listeners: dict[str, str]
     front_door: Answered
     token_file: bool
@@ -141,6 +142,7 @@ def examine(wanted: Wanted) -> NodeFacts:
         "descriptors": hard_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         "cpus": os.cpu_count() or 1,
         "gpu_driver": gpu_driver(Path("/")),
+        "local_ports": local_ports(Path("/")),
         "listeners": listeners(wanted["ports"], psutil),
         "front_door": ask(wanted["front_door"]),
         "token_file": token_file(environment),
@@ -254,6 +256,15 @@ def gpu_driver(root: Path) -> str:
         return ""
     found = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", text)
     return found[1] if found else "unknown"
+
+
+def local_ports(root: Path) -> int:
+    """How many connections this node may open to one address and port; 0 where nothing says so."""
+    try:
+        low, high = (root / "proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    except (OSError, ValueError):
+        return 0
+    return int(high) - int(low) + 1
 
 
 def listeners(ports: list[int], psutil: Any) -> dict[str, str]:

@@ -32,9 +32,10 @@ def hosts() -> Iterator[Hosts]:
         yield hosts
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def launched(hosts: Hosts) -> Iterator[Launched]:
     """A cluster on these hosts, up and serving; at the end nothing of it is left. Slow: minutes."""
+    hosts.up(4)  # others may have left one without power
     cluster = Launched(hosts)
     cluster.prepare(HEAD, *WORKERS)
     cluster.up()

@@ -19,9 +19,9 @@ this machine's network reach them, so several runs may use the same addresses at
 Nothing is left behind: the namespaces end with their processes, and those with this one, however
 it ends. Needs root, openssh-server, iproute2 and util-linux; :func:`why_not` says what is missing.
 
-Tests take the fixtures ``hosts`` (four hosts) or ``launched`` (a cluster on them, made by `ray up`;
-see :mod:`tests.launched`), both of which a whole run shares: whoever breaks something mends it.
-They carry the marker ``hosts``.
+Tests take the fixture ``hosts``, four hosts that a whole run shares, or ``launched``, a cluster on
+them for a module, made by `ray up` (:mod:`tests.launched`). One cluster fits on them at a time, and
+whoever breaks something mends it. They carry the marker ``hosts``.
 """
 
 from __future__ import annotations

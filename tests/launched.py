@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -83,7 +82,7 @@ class Launched:
     def prepare(self, *numbers: int) -> None:
         """Put the packages on hosts: a virtual environment where the file looks for one."""
         for number in numbers:
-            self.hosts.run(number, f"ln -s {sys.prefix} {HOME}/datamix-env")
+            self.hosts.run(number, f"ln -sfn {sys.prefix} {HOME}/datamix-env")
 
     def up(self) -> None:
         """`datamix up`: ray up, serve deploy."""
@@ -112,12 +111,12 @@ class Launched:
 
     def nodes(self) -> list[int]:
         """The hosts whose Ray has joined and is alive, by the head's own account."""
-        script = (
-            "import json, ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR')"
-            "; print(json.dumps([n['NodeManagerAddress'] for n in ray.nodes() if n['Alive']]))"
-        )
-        said = self.hosts.run(HEAD, f"{sys.executable} -c {shlex.quote(script)}")
-        alive = json.loads(said.splitlines()[-1])
+        said = self.hosts.run(HEAD, "curl -sf -m 10 'http://127.0.0.1:8265/nodes?view=summary'")
+        alive = {
+            node["raylet"]["nodeManagerAddress"]
+            for node in json.loads(said)["data"]["summary"]
+            if node["raylet"]["state"] == "ALIVE"
+        }
         return [number for number in (HEAD, *WORKERS) if self.hosts.ip(number) in alive]
 
     def fleet(self, name: str, doors: list[int], rate: float, seconds: float) -> Fleet:

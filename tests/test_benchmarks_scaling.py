@@ -210,6 +210,12 @@ def test_a_message_costs_what_was_measured() -> None:
     assert 0 < door < loop < 1 and door + loop < 1
 
 
+def test_the_largest_run_costs_what_its_parts_do() -> None:
+    found = scaling.replay()
+    assert all(seconds > 0 for seconds in found.predicted_s.values())
+    assert sum(found.predicted_s.values()) == pytest.approx(found.measured_s, rel=0.3)
+
+
 def test_the_standard_cases_hold_together(standard: Standard) -> None:
     settings, cases = standard
     by_title = {case.title: case for case in cases}
@@ -270,7 +276,8 @@ def test_a_page_without_a_place_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (1234.5, "1,230"), (0.01234, "0.0123"), (12.0, "12.0")]
+    ("value", "text"),
+    [(0, "0"), (4e-8, "0"), (1234.5, "1,230"), (0.01234, "0.0123"), (12.0, "12.0")],
 )
 def test_figures(value: float, text: str) -> None:
     assert scaling.figure(value) == text

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cluster import cli, doctor, doctor_cluster, doctor_facts, doctor_node
 from cluster.doctor import Check
@@ -45,6 +46,7 @@ def node_facts(name: str) -> dict[str, Any]:
         "descriptors": 262144,
         "cpus": 8,
         "gpu_driver": "570.86.15",
+        "local_ports": 28232,
         "listeners": {"8000": "haproxy"},
         "front_door": {"status": 200, "server": "", "reason": ""},
         "token_file": False,
@@ -174,6 +176,7 @@ CASES: list[tuple[str, str, Any, str, str]] = [
     ("HAProxy's connections", "devices", 200_000, "fail", "131072 devices in, of 200000"),
     ("HAProxy's connections", FIRST + "haproxy.maxconn", 4096, "warn", "share (5000) on 10.0.0.1"),
     ("file descriptors", FIRST + "haproxy.descriptors", 4096, "fail", "1558 devices of 5000"),
+    ("ports to replicas", FIRST + "local_ports", 2000, "fail", "2000 ports on 10.0.0.1 for 2500"),
     ("HAProxy's threads", FIRST + "haproxy.threads", 16, "warn", "16 threads on 8 processors"),
     ("versions", FIRST + "python", "3.11.9", "fail", "Python 3.11.7 on 10.0.0.2; 3.11.9 on"),
     ("versions", FIRST + "packages.ray", "2.59.0", "fail", "ray 2.59.0 on 10.0.0.1; 2.60.0 on"),
@@ -360,6 +363,44 @@ def test_serve_details_are_read() -> None:
     assert (deployment["replicas"], deployment["resources"]) == (1, {"CPU": 1.0})
 
 
+def test_what_is_shipped_falls_into_no_trap() -> None:
+    """serve.yaml as Serve's controller tells of it, through Serve's own models."""
+    from ray.serve.schema import DeploymentSchema, ServeDeploySchema
+
+    text = (ROOT / "deployments/serve.yaml").read_text()
+    whole = ServeDeploySchema.model_validate(yaml.safe_load(text))
+    (application,) = whole.applications
+    (deployment,) = application.deployments
+    applied = DeploymentSchema.model_validate(deployment.model_dump(exclude_unset=True))
+    details = {
+        "http_options": whole.http_options.model_dump(),
+        "proxies": {"1": {"status": "HEALTHY"}},
+        "applications": {
+            "datamix": {
+                "name": "datamix",
+                "status": "RUNNING",
+                "deployed_app_config": application.model_dump(exclude_unset=True),
+                "deployments": {
+                    "Backbone": {
+                        "name": "Backbone",
+                        "status": "HEALTHY",
+                        "deployment_config": applied.model_dump(exclude_unset=True),
+                        "required_resources": {"CPU": 2, "GPU": 1},
+                        "replicas": [{}],
+                    }
+                },
+            }
+        },
+    }
+    served = doctor_facts.read_serve(details)
+    assert served["applications"][0]["bundles"] == [BUNDLE]
+    facts: Any = healthy() | {"serve": served}
+    wrong = [check for check in doctor_cluster.judge(facts) if check.status != "ok"]
+    assert wrong == []
+    (found,) = served["applications"][0]["deployments"]
+    assert "PredictedWait" in found["policy"] and found["delays_s"] == [0.0, 0.0]
+
+
 def test_the_answer_of_a_job() -> None:
     line = doctor_facts.MARK + json.dumps({"devices": 3})
     assert doctor_facts.read_answer(f"noise\n{line}\n")["devices"] == 3
@@ -407,6 +448,14 @@ def test_a_gpu_driver(tmp_path: Path) -> None:
     text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan 23\n"
     (tmp_path / "proc/driver/nvidia/version").write_text(text)
     assert doctor_node.gpu_driver(tmp_path) == "570.86.15"
+
+
+def test_local_ports(tmp_path: Path) -> None:
+    assert doctor_node.local_ports(tmp_path) == 0
+    folder = tmp_path / "proc/sys/net/ipv4"
+    folder.mkdir(parents=True)
+    (folder / "ip_local_port_range").write_text("32768\t60999\n")
+    assert doctor_node.local_ports(tmp_path) == 28232
 
 
 def test_a_token_file(tmp_path: Path) -> None:

@@ -6,19 +6,28 @@ hosts. How long a recovery takes is measured by `benchmarks/failures.py`, not he
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
 
 import pytest
+import safetensors.numpy
 
 from benchmarks import failures, failures_hosts
 from benchmarks.failures import Scene, Struck
 from benchmarks.hosted import Hosted, hosted
-from benchmarks.operated import Seen
+from benchmarks.operated import BUNDLE, Fleet, Seen
+from datamix.canaries import CANARIES
+from datamix.errors import Unavailable
 from tests.hosts import Hosts
+from tests.test_bundle import replace_weights
 
 pytestmark = pytest.mark.timeout(600)
 
-LOAD = {"rate": 8.0, "devices": 24}
+LOAD: dict[str, Any] = {"rate": 8.0, "devices": 24}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +56,34 @@ def test_a_failure_on_one_machine_loses_nothing(scene: Scene, name: str) -> None
     check(seen, struck)
     if "replica" in name or "HAProxy" in name:
         assert seen.summary.reconnects > 0, "nobody noticed, so nothing was killed under load"
+
+
+@pytest.mark.cluster
+def test_an_update_and_one_that_is_refused_lose_nothing(scene: Scene, tmp_path: Path) -> None:
+    """Serve would go on without the old replicas' successors; `datamix deploy` goes back."""
+    wrong = tmp_path / "wrong"
+    shutil.copytree(BUNDLE, wrong)
+    tensors = safetensors.numpy.load((wrong / CANARIES).read_bytes())
+    tensors["blocks.0.output"] = -tensors["blocks.0.output"]
+    replace_weights(wrong, CANARIES, safetensors.numpy.save(tensors))
+    fleet = Fleet(scene.door, duration_s=600.0, **LOAD)
+    fleet.wait_running()
+    before = scene.cluster.running()
+    scene.deploy(release="next")
+    with urlopen(f"{scene.cluster.url}/v2", timeout=10) as answer:
+        assert json.load(answer)["release"] == "next"
+    updated = scene.cluster.running()
+    assert not before & updated
+    with pytest.raises(
+        Unavailable, match=r"block 0 fails its canaries: .* what ran before runs on"
+    ):
+        scene.deploy(release="next", bundle=str(wrong))
+    # What ran before was deployed again without a restart, so that Serve replaces what dies.
+    assert scene.cluster.running() == updated
+    fleet.stop()
+    seen = fleet.seen()
+    check(seen, Struck(0.0))
+    assert seen.summary.moved + seen.summary.reconnects > 0
 
 
 @pytest.mark.hosts

@@ -51,7 +51,8 @@ def test_a_dead_control_store_stops_no_answer_and_comes_back(tmp_path: Path) -> 
         assert not cluster.processes("gcs_server")
         assert fleet.requests > answered, "nothing was answered without the store"
         again = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        stack.callback(lambda: (again.kill(), again.wait()))
+        stack.callback(again.wait)
+        stack.callback(again.kill)
         until(lambda: cluster.running() == before)
         seen = fleet.seen()
         assert seen.lost == seen.summary.wrong == seen.strays == 0, seen.summary.failed

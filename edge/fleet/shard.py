@@ -555,7 +555,7 @@ class Shard:
         except (ValueError, IndexError):
             self.counters.unmatched += 1
             return
-        if status in (result.TIMEOUT, result.CANCELLED):
+        if status in (result.TIMEOUT, result.CANCELLED, result.STOPPED):
             self.counters.late += 1
         else:
             self.counters.duplicates += 1
