@@ -342,9 +342,10 @@ class RayBackend:
                 of a node may not: another replica goes on with them.
         """
         if of_replica:
-            from ray.serve import metrics
+            from ray.serve import metrics as module
         else:
-            from ray.util import metrics  # type: ignore[no-redef]
+            from ray.util import metrics as module  # type: ignore[no-redef]
+        metrics: Any = module
 
         self._series: dict[str, Any] = {}
         self._observed: dict[tuple[str, tuple[str, ...]], Observed] = {}
