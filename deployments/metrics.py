@@ -4,9 +4,9 @@ On a cluster they go through Ray's metrics agent, which adds the prefix ``ray_``
 labels for application, deployment and replica. Without Ray they go to a prometheus-client registry.
 Names end in the base unit; labels come from small fixed sets, never from a client.
 
-Ray's own histograms are recorded value by value, which cost a replica a quarter of its CPU time,
-and their ``_sum`` is an estimate. So a replica adds its buckets up itself and publishes them once a
-second, as gauges of the names that Prometheus gives a histogram: they read and rate like one.
+Ray's own histograms are recorded value by value, several with each batch, and their ``_sum``
+is an estimate. So a replica adds its buckets up itself and publishes them once a second,
+as gauges of the names that Prometheus gives a histogram: they read and rate like one.
 
 docs/metrics.md is made from this table: ``python -m cluster.monitoring.page``.
 """
