@@ -52,17 +52,6 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
             ("growth_from_50_percent_mib", "<=", 16.0),
         ],
     ),
-    "telemetry": (
-        "What do metrics and traces cost a message, a scrape a node of eight replicas, and is a "
-        "shown utilisation true?",
-        [
-            ("recording_share_of_cpu", "<=", 0.02),
-            ("metrics_on_over_off", "<=", 0.02),
-            ("scrape_ms", "<=", 50.0),
-            ("series_kept", "<=", 2000.0),
-            ("utilisation_off_points", "<=", 2.0),
-        ],
-    ),
     "added_latency": (
         "How much later is an answer than the bare forward, when nobody else asks?",
         [("added_p50_ms_null_engine", "<=", 1.0), ("added_p50_ms_block", "<=", 1.0)],

@@ -13,11 +13,12 @@ from deployments.backbone import Backbone
 from deployments.config import Config
 from deployments.emulated import EmulatedEngine
 from deployments.engine import Array, Pending, Rows
-from deployments.metrics import ModelRecorder, TrafficRecorder
+from deployments.metrics import ModelRecorder, RayBackend, TrafficRecorder
 
 Arm = Literal["on", "off"]
 _RECORDING = (
     *((ModelRecorder, name) for name in ("batch", "publish")),
+    (RayBackend, "flush"),
     *((TrafficRecorder, name) for name in ("publish", "costs", "versions")),
 )
 

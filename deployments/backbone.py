@@ -274,6 +274,7 @@ class Backbone:
                 recorder.versions(self.catalog.status())
                 for model in self.catalog:
                     model.publish()
+                self._backend.flush()
             except Exception:
                 # Metrics that cannot be published now may be again, and serving goes on meanwhile.
                 logger.exception("metrics were not published")

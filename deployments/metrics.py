@@ -4,17 +4,20 @@ On a cluster they go through Ray's metrics agent, which adds the prefix ``ray_``
 labels for application, deployment and replica. Without Ray they go to a prometheus-client registry.
 Names end in the base unit; labels come from small fixed sets, never from a client.
 
-Ray rebuilds a histogram from the middles of its buckets, so that its ``_sum`` is an estimate. What
-a rule has to divide therefore stands in counters as well.
+Ray's own histograms are recorded value by value, several with each batch, and their ``_sum``
+is an estimate. So a replica adds its buckets up itself and publishes them once a second,
+as gauges of the names that Prometheus gives a histogram: they read and rate like one.
 
 docs/metrics.md is made from this table: ``python -m cluster.monitoring.page``.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -322,6 +325,10 @@ class Backend(Protocol):
         """Add to a counter, set a gauge or observe in a histogram."""
         ...
 
+    def flush(self) -> None:
+        """Send what was gathered; about once a second."""
+        ...
+
 
 class RayBackend:
     """Ray's metrics agent."""
@@ -335,29 +342,80 @@ class RayBackend:
                 of a node may not: another replica goes on with them.
         """
         if of_replica:
-            from ray.serve import metrics
+            from ray.serve import metrics as module
         else:
-            from ray.util import metrics  # type: ignore[no-redef]
+            from ray.util import metrics as module  # type: ignore[no-redef]
+        metrics: Any = module
 
-        kinds: dict[str, Any] = {
-            "counter": metrics.Counter,
-            "gauge": metrics.Gauge,
-            "histogram": metrics.Histogram,
-        }
-        self._series: dict[str, Any] = {
-            m.name: kinds[m.kind](
-                m.name,
-                description=m.help,
-                tag_keys=m.labels,
-                **({"boundaries": list(m.buckets)} if m.kind == "histogram" else {}),
-            )
-            for m in (rows("replica", "model") if table is None else table)
-        }
-        self._verbs = {"counter": "inc", "gauge": "set", "histogram": "observe"}
+        self._series: dict[str, Any] = {}
+        self._observed: dict[tuple[str, tuple[str, ...]], Observed] = {}
+
+        def gauge(name: str, metric: Metric, *more: str) -> None:
+            tags = (*metric.labels, *more)
+            self._series[name] = metrics.Gauge(name, description=metric.help, tag_keys=tags)
+
+        for m in rows("replica", "model") if table is None else table:
+            if m.kind == "counter":
+                self._series[m.name] = metrics.Counter(
+                    m.name, description=m.help, tag_keys=m.labels
+                )
+            elif m.kind == "gauge":
+                gauge(m.name, m)
+            else:
+                gauge(f"{m.name}_bucket", m, "le")
+                gauge(f"{m.name}_sum", m)
+                gauge(f"{m.name}_count", m)
 
     def record(self, metric: Metric, value: float, labels: dict[str, str]) -> None:
         """See :class:`Backend`."""
-        getattr(self._series[metric.name], self._verbs[metric.kind])(value, tags=labels)
+        if metric.kind == "counter":
+            self._series[metric.name].inc(value, tags=labels)
+        elif metric.kind == "gauge":
+            self._series[metric.name].set(value, tags=labels)
+        else:
+            key = metric.name, tuple(labels.values())
+            observed = self._observed.get(key)
+            if observed is None:
+                observed = self._observed[key] = Observed(metric.buckets, labels)
+            observed.add(value)
+
+    def flush(self) -> None:
+        """See :class:`Backend`."""
+        for (name, _), observed in self._observed.items():
+            series = self._series[f"{name}_bucket"]
+            for le, count in observed.buckets():
+                series.set(count, tags={**observed.labels, "le": le})
+            self._series[f"{name}_count"].set(sum(observed.counts), tags=observed.labels)
+            self._series[f"{name}_sum"].set(observed.total, tags=observed.labels)
+
+
+class Observed:
+    """A histogram so far.
+
+    Attributes:
+        labels: of its series.
+        counts: values by bucket, the last for those beyond all bounds.
+        total: their sum.
+    """
+
+    __slots__ = ("_bounds", "_names", "counts", "labels", "total")
+
+    def __init__(self, bounds: Sequence[float], labels: dict[str, str]) -> None:
+        """Start empty; ``bounds`` rise."""
+        self._bounds = tuple(bounds)
+        self._names = (*(f"{float(bound)}" for bound in bounds), "+Inf")
+        self.labels = labels
+        self.counts = [0] * len(self._names)
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.total += value
+
+    def buckets(self) -> Iterator[tuple[str, int]]:
+        """Upper bound, as Prometheus writes it, and how many values are not above it."""
+        return zip(self._names, accumulate(self.counts), strict=True)
 
 
 class PrometheusBackend:
@@ -384,6 +442,9 @@ class PrometheusBackend:
         if labels:
             series = series.labels(**labels)
         getattr(series, self._verbs[metric.kind])(value)
+
+    def flush(self) -> None:
+        """Nothing waits here."""
 
 
 @dataclass(slots=True)

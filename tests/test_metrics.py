@@ -16,6 +16,7 @@ from deployments.metrics import (
     Decisions,
     Metric,
     ModelRecorder,
+    Observed,
     PrometheusBackend,
     Recorder,
     Sample,
@@ -231,6 +232,8 @@ def test_a_counter_is_never_asked_to_add_nothing() -> None:
             assert metric.kind != "counter" or value > 0
             assert set(labels) == set(metric.labels)
 
+        def flush(self) -> None: ...
+
     replica = Replica(Strict())
     replica.publish(uptime_s=0)
     replica.work()
@@ -292,3 +295,18 @@ def test_what_was_counted_before_anybody_read_is_left_out() -> None:
 def test_the_page_is_what_the_table_makes_of_it() -> None:
     """Otherwise: python -m cluster.monitoring.page."""
     assert (ROOT / "docs/metrics.md").read_text() == page()
+
+
+def test_buckets_are_those_that_prometheus_own_client_counts() -> None:
+    registry = CollectorRegistry()
+    theirs, metric = PrometheusBackend(registry), next(m for m in TABLE if m.kind == "histogram")
+    labels = dict.fromkeys(metric.labels, "x")
+    ours = Observed(metric.buckets, labels)
+    for value in (0, 0.5, 1, 1.5, 2, 3, 700, 1024, 1025, 9999):
+        theirs.record(metric, value, labels)
+        ours.add(value)
+    for le, count in ours.buckets():
+        found = registry.get_sample_value(f"{metric.name}_bucket", {**labels, "le": le})
+        assert found == count, le
+    assert registry.get_sample_value(f"{metric.name}_sum", labels) == ours.total
+    assert registry.get_sample_value(f"{metric.name}_count", labels) == sum(ours.counts)

@@ -79,13 +79,6 @@ def test_rules_read_what_the_table_or_another_rule_has() -> None:
         assert read <= known, rule
 
 
-def test_rules_do_not_rest_on_the_sums_of_histograms() -> None:
-    """Ray estimates them from the middles of buckets."""
-    sums = {f"ray_{metric.name}_sum" for metric in TABLE if metric.kind == "histogram"}
-    for rule in rules(RULES) + rules(ALERTS):
-        assert not sums & set(re.findall(r"\w+", rule["expr"]))
-
-
 def test_recording_rules_are_named_by_level_and_window() -> None:
     for rule in rules(RULES):
         assert re.fullmatch(r"datamix:[a-z_]+:[a-z]+[a-z0-9_]*", rule["record"])

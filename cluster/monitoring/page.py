@@ -20,8 +20,8 @@ stands in [monitoring.md](monitoring.md).
 Ray adds labels: `application`, `deployment` and `replica` to those of a replica, and
 `NodeAddress`, `SessionName`, `WorkerId` and its own `Version` to all.
 
-Ray rebuilds histograms from the middles of their buckets: quantiles are as good as the buckets,
-`_count` is exact, **`_sum` is an estimate**. Means are made from counters.
+Histograms are added up in the replica and published once a second as gauges named `_bucket`, `_sum`
+and `_count`: all three are exact, and `rate` and `histogram_quantile` take them as any others.
 """
 
 
