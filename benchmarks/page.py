@@ -103,45 +103,13 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
         "Does the report show a cloud that stalls for 2 s in a run of 30?",
         [("open_p99_over_stall", ">=", 0.8), ("closed_p99_over_stall", "<=", 0.1)],
     ),
-    "upgrade": (
-        "Does an upgrade cost a device anything, and is a bad version kept out?",
-        [
-            ("requests", ">=", 20_000.0),
-            ("failed", "<=", 0.0),
-            ("wrong", "<=", 0.0),
-            ("stray", "<=", 0.0),
-            ("mixed_version", "<=", 0.0),
-            ("refused", ">=", 7.0),
-        ],
-    ),
     "failures": (
         "What do devices see when something in the cloud dies, hangs or is cut off?",
         [("wrong", "<=", 0.0), ("lost", "<=", 0.0), ("replica_back_s", "<=", 10.0)],
     ),
-    "failures_hosts": (
-        "What do devices see when a host of the cluster fails, or the network between its hosts?",
-        [("wrong", "<=", 0.0), ("lost", "<=", 0.0)],
-    ),
-    "capacity": (
-        "Does the search for a cloud's capacity find what is known of an emulated engine?",
-        [("worst_relative_error", "<=", 0.03)],
-    ),
     "recording": (
         "What does the record of a run cost its generator, and what does reading it back take?",
         [("longest_look_ms", "<=", 10.0)],
-    ),
-    "scale_out": (
-        "Does a cloud of n replicas carry n times what one carries, and what is the limit if not?",
-        [("slow_least_share_of_linear", ">=", 0.9), ("fast_least_share_of_linear", ">=", 0.9)],
-    ),
-    "autoscaling": (
-        "How many requests miss their deadline, and for how many replica-hours, under three "
-        "autoscalers?",
-        [
-            ("burst_20s_misses_over_ongoing", "<=", 0.99),
-            ("burst_20s_misses_over_gpu", "<=", 0.99),
-            ("burst_90s_misses_over_gpu", "<=", 0.99),
-        ],
     ),
     "saturation": (
         "How much of the engine's bare speed is served, clients on the same two cores?",
