@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Of a request that gets this status. Refusals under load come by the thousands, and metrics count
-# them.
-_LEVELS = {429: logging.DEBUG, 504: logging.DEBUG, 500: logging.ERROR, 503: logging.WARNING}
+# Of a request that gets this status. All else is the asker's doing or comes by the thousands under
+# load, and metrics count it.
+_LEVELS = {500: logging.ERROR, 503: logging.WARNING}
 
 
 class Route(NamedTuple):
@@ -107,7 +107,7 @@ class Admission:
             outcomes["ok"] += 1
             return
         outcomes[str(outcome.status)] += 1
-        level = _LEVELS.get(outcome.status, logging.INFO)
+        level = _LEVELS.get(outcome.status, logging.DEBUG)
         if logger.isEnabledFor(level):
             # By its type: an error's sentence can quote what a stranger sent.
             told = {"request_id": request_id, "status": outcome.status}

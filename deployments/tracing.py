@@ -153,7 +153,8 @@ class Tracing:
         from opentelemetry import context, trace
 
         followed, timing = members[0]
-        begun_ns = followed.arrived_ns + int(timing.queue_s * 1e9)
+        # Each arrival was noted a little before its wait began: the latest sum is the nearest.
+        begun_ns = max(one.arrived_ns + int(its.queue_s * 1e9) for one, its in members)
         batch = self._tracer.start_span(
             "datamix.batch",
             context.Context(),  # of nobody's trace: it belongs to all of them alike
