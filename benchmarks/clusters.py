@@ -55,6 +55,7 @@ def start_saying(name: str, **options: Any) -> Iterator[dict[str, Any]]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        process.stdout.close()
 
 
 def _serve_until_told(url: str, **more: Any) -> None:
