@@ -111,6 +111,31 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
         "What does the record of a run cost its generator, and what does reading it back take?",
         [("longest_look_ms", "<=", 10.0)],
     ),
+    "autoscaling": (
+        "How many requests miss their deadline, and for how many replica-hours, under three "
+        "autoscalers?",
+        [
+            ("burst_20s_misses_over_ongoing", "<=", 0.99),
+            ("burst_20s_misses_over_gpu", "<=", 0.99),
+            ("burst_20s_hours_over_ongoing", "<=", 1.0),
+            ("burst_20s_hours_over_gpu", "<=", 1.0),
+            ("burst_90s_misses_over_ongoing", "<=", 0.99),
+            ("burst_90s_misses_over_gpu", "<=", 0.99),
+            ("burst_90s_hours_over_ongoing", "<=", 1.0),
+            ("burst_90s_hours_over_gpu", "<=", 1.0),
+        ],
+    ),
+    "upgrade": (
+        "Does an upgrade cost a device anything, and is a bad version kept out?",
+        [
+            ("requests", ">=", 20_000.0),
+            ("failed", "<=", 0.0),
+            ("wrong", "<=", 0.0),
+            ("stray", "<=", 0.0),
+            ("mixed_version", "<=", 0.0),
+            ("refused", ">=", 7.0),
+        ],
+    ),
     "saturation": (
         "How much of the engine's bare speed is served, clients on the same two cores?",
         [
