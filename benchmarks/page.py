@@ -136,6 +136,10 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
             ("refused", ">=", 7.0),
         ],
     ),
+    "scale_out": (
+        "Does a cloud of n replicas carry n times what one carries, and what is the limit if not?",
+        [("slow_least_share_of_linear", ">=", 0.9)],
+    ),
     "saturation": (
         "How much of the engine's bare speed is served, clients on the same two cores?",
         [
