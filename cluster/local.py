@@ -79,11 +79,22 @@ def absolute(bundle: str) -> str:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """A TCP port of the loopback interface that nobody listens on right now.
+
+    Below those that the kernel gives to connections: one of Ray's many could have it before whoever
+    is to listen there, and below the replicas' (:func:`free_ports`).
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for _ in range(1000):
+        port = random.SystemRandom().randrange(10_000, 20_000)
+        try:
+            check_port(port)
+        except ConfigError:
+            continue
         return port
+    raise ConfigError("found no free port between 10000 and 20000")
 
 
 def check_port(port: int) -> None:
