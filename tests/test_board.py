@@ -18,7 +18,6 @@ from cluster.monitoring.run import FOLDER
 from deployments.metrics import TABLE
 
 PANELS = [(board.name, panel) for board in BOARDS for panel in board.panels]
-TYPES = {"lines": "timeseries", "heat": "heatmap", "table": "table"}
 
 
 def known() -> set[str]:

@@ -109,7 +109,7 @@ _OK = _rate("requests_total", more='outcome="ok"')
 REQUESTS = Panel(
     "requests",
     "Requests by outcome",
-    "ok is an answer; all else is an HTTP status. 429 and 504 are refusals under load.",
+    "ok is an answer; all else is an HTTP status. 429 and 408 are refusals under load.",
     "per_s",
     (Query(_rate("requests_total", "outcome"), "{{outcome}}"),),
     live=True,
