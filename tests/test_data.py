@@ -97,6 +97,7 @@ IMAGES = np.zeros((7, 28, 28), np.uint8).tobytes()
             "1 inputs",
         ),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_broken_files_get_one_sentence(folder: Path, body: bytes, sentence: str) -> None:
     (folder / "train-images-idx3-ubyte.gz").write_bytes(body)
