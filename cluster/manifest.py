@@ -137,6 +137,11 @@ spec:
         - namespaceSelector: {{}}
           podSelector: {{matchLabels: {{app.kubernetes.io/name: kuberay-operator}}}}
       ports: [{{port: 8265}}, {{port: {port}}}]
+    # Prometheus, to the port that KubeRay names metrics; the dashboard's would be one too many.
+    - from:
+        - namespaceSelector: {{}}
+          podSelector: {{matchLabels: {{app.kubernetes.io/name: prometheus}}}}
+      ports: [{{port: 8080}}]
 """
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.monitoring import helm
 from cluster.monitoring.run import FOLDER, Options, configuration, find_prometheus
 from datamix.errors import ConfigError
 from deployments.metrics import TABLE
@@ -118,6 +119,51 @@ def test_the_configurations_differ_in_where_targets_come_from_only() -> None:
         for key in ("file_sd_configs", "http_sd_configs"):
             ray.pop(key, None)
         assert config == configs[0]
+
+
+def test_the_charts_values_are_what_the_files_make() -> None:
+    assert helm.VALUES.read_text() == helm.text(), "run `python -m cluster.monitoring.helm`"
+    values = yaml.safe_load(helm.text())
+    assert values["additionalPrometheusRulesMap"] == {"rules": RULES, "alerts": ALERTS}
+    (monitor,) = values["prometheus"]["additionalPodMonitors"]
+    (pods,) = monitor["podMetricsEndpoints"]
+    (down,) = (rule for rule in rules(ALERTS) if rule["alert"] == "DataMixTargetDown")
+    jobs = [rule["replacement"] for rule in pods["relabelings"] if rule["targetLabel"] == "job"]
+    assert jobs and re.search(rf"\b{jobs[0]}\b", down["expr"])
+    known = {"sourceLabels", "targetLabel", "regex", "action", "replacement"}
+    for rule in pods["metricRelabelings"]:
+        assert rule.keys() <= known, "not a field of the Operator's"
+
+
+def test_what_compose_mounts_is_there_and_is_where_it_is_looked_for() -> None:
+    services = yaml.safe_load((FOLDER / "compose.yaml").read_text())["services"]
+    mounts = {
+        name: {
+            target: FOLDER / source
+            for source, target, *_ in (volume.split(":") for volume in service["volumes"])
+            if source.startswith(".")
+        }
+        for name, service in services.items()
+    }
+    for places in mounts.values():
+        assert places and all(source.is_dir() for source in places.values())
+    arguments = dict(
+        argument.lstrip("-").split("=", 1) for argument in services["prometheus"]["command"]
+    )
+    config = Path(arguments["config.file"])
+    seen = mounts["prometheus"][str(config.parent)] / config.name
+    for file in yaml.safe_load(seen.read_text())["rule_files"]:
+        assert (seen.parent / file).is_file()
+    provisioning = mounts["grafana"]["/etc/grafana/provisioning"]
+    boards = yaml.safe_load((provisioning / "dashboards/datamix.yml").read_text())
+    (provider,) = boards["providers"]
+    assert list(mounts["grafana"][provider["options"]["path"]].glob("*.json"))
+    sources = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())
+    (source,) = sources["datasources"]
+    given = services["grafana"]["environment"]
+    variable = source["url"].strip("${}")
+    assert given[variable] == f"http://{arguments['web.listen-address']}"
+    assert given["GF_SERVER_HTTP_ADDR"] == "127.0.0.1", "open to others"
 
 
 def test_ours_is_the_same_with_targets_of_its_own(tmp_path: Path) -> None:
