@@ -23,6 +23,10 @@ def monitor(
     gpu_exporter: Annotated[
         list[str] | None, typer.Option(help="host:port of a datamix gpu-exporter; several may be.")
     ] = None,
+    fleet: Annotated[
+        list[str] | None,
+        typer.Option(help="host:port of a datamix simulate --metrics; several may be."),
+    ] = None,
     interval: Annotated[
         int, typer.Option(help="Seconds between scrapes, and between looks at the rules.", min=1)
     ] = 10,
@@ -36,7 +40,9 @@ def monitor(
     from cluster.serve import wait_for_signal
 
     page = None if page_port < 0 else page_port
-    options = Options(port, prometheus, data, tuple(gpu_exporter or ()), interval, page)
+    options = Options(
+        port, prometheus, data, tuple(gpu_exporter or ()), tuple(fleet or ()), interval, page
+    )
     run(
         address,
         options,

@@ -26,6 +26,7 @@ from cluster.options import (
 
 if TYPE_CHECKING:
     from edge.fleet.crew import Launch
+    from edge.fleet.run import OnProgress
 
 
 def simulate(
@@ -105,6 +106,10 @@ def simulate(
     ] = None,
     token_file: TokenFile = None,
     ca_file: CaFile = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Serve figures to Prometheus while it runs, at HOST:PORT."),
+    ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file.")
     ] = None,
@@ -166,4 +171,9 @@ def simulate(
             slow_readers=None if slow_readers is None else behaviour.slow_readers(slow_readers),
             cancel=None if cancel is None else behaviour.cancellations(cancel),
         )
-        raise typer.Exit(run(config, json_path, html_path, gates, launch))
+        also: list[OnProgress] = []
+        if metrics is not None:
+            from cluster.fleet_metrics import serving_metrics
+
+            also.append(stack.enter_context(serving_metrics(metrics)))
+        raise typer.Exit(run(config, json_path, html_path, gates, launch, also))

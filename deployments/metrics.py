@@ -31,13 +31,15 @@ _MODEL = ("model", "version")
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _GPU = ("gpu", "mig")
 
-Source = Literal["replica", "model", "node", "autoscaler"]
+Source = Literal["replica", "model", "node", "autoscaler", "fleet"]
 SOURCES: dict[Source, str] = {
     "replica": "Of a replica: its streams, bytes and cost.",
     "model": "Of one version of a model in a replica: requests, batches, the engine.",
     "node": "Of a node's GPUs, from NVML. `gpu` is NVML's index; `mig` is empty for a whole GPU, "
     "`GI/CI` for an instance of one in MIG mode. Nothing of this exists on a node without NVML.",
     "autoscaler": "Of the autoscaling policy, in Serve's controller.",
+    "fleet": "Of simulated devices, while `datamix simulate --metrics HOST:PORT` runs: what a "
+    "device sees, where all else here is what the cloud sees.",
 }
 
 
@@ -301,6 +303,50 @@ TABLE: tuple[Metric, ...] = (
         "gauge",
         "Wait that the replicas predict, smoothed.",
         source="autoscaler",
+    ),
+    # --- of a fleet ---
+    Metric("datamix_fleet_devices", "gauge", "Simulated devices.", source="fleet"),
+    Metric(
+        "datamix_fleet_connected_devices",
+        "gauge",
+        "Simulated devices with an open stream.",
+        source="fleet",
+    ),
+    Metric(
+        "datamix_fleet_open_inferences", "gauge", "Inferences under way on devices.", source="fleet"
+    ),
+    Metric(
+        "datamix_fleet_begun_inferences_total",
+        "counter",
+        "Inferences that fell due and were begun.",
+        source="fleet",
+    ),
+    Metric(
+        "datamix_fleet_inferences_total",
+        "counter",
+        "Inferences that ended: ok (answered right), failed, or cancelled by the device.",
+        ("outcome",),
+        source="fleet",
+    ),
+    Metric(
+        "datamix_fleet_retries_total",
+        "counter",
+        "Messages that devices sent again.",
+        source="fleet",
+    ),
+    Metric(
+        "datamix_fleet_reconnects_total",
+        "counter",
+        "Streams that devices opened again.",
+        source="fleet",
+    ),
+    Metric(
+        "datamix_fleet_latency_seconds",
+        "histogram",
+        "Of an inference that was answered: from when it fell due until the device had its result.",
+        (),
+        _SECONDS,
+        source="fleet",
     ),
 )
 

@@ -30,6 +30,7 @@ PROGRESS = FleetProgress(
     counters=COUNTERS | {"begun": 40, "ok": 30, "failed": 1},
     requests_per_s=123.4,
     offered_per_s=130.0,
+    latencies_s=[0.012],
     p50_s=0.012,
     p99_s=None,
     batch_rows_mean=None,

@@ -49,6 +49,13 @@ COUNTS = {
     "datamix_gpu_throttled",
     "datamix_gpu_ecc_errors_total",
     "datamix_gpu_xid_errors_total",
+    "datamix_fleet_devices",
+    "datamix_fleet_connected_devices",
+    "datamix_fleet_open_inferences",
+    "datamix_fleet_begun_inferences_total",
+    "datamix_fleet_inferences_total",
+    "datamix_fleet_retries_total",
+    "datamix_fleet_reconnects_total",
 }
 
 

@@ -28,12 +28,15 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.fleet_metrics import serving_metrics
+from cluster.local import free_port
 from cluster.monitoring.board import live_panels
 from cluster.monitoring.live import expression
 from datamix import wire
 from deployments.metrics import TABLE
+from edge.fleet.behaviour import Storm
 from edge.fleet.config import FleetConfig
-from edge.fleet.run import simulate
+from edge.fleet.run import OnProgress, simulate
 from tests.autoscaled import SHAPE
 from tests.served import MARK, ROOT, gone, marked
 from tests.test_autoscaled import Watched, autoscaled
@@ -54,8 +57,11 @@ PROFILE = {
 class Cluster:
     """The cluster, and Prometheus beside it."""
 
-    def __init__(self, watched: Watched, prometheus: str, page: str) -> None:
+    def __init__(
+        self, watched: Watched, prometheus: str, page: str, on_progress: OnProgress
+    ) -> None:
         self.watched, self.prometheus, self.page = watched, prometheus, page
+        self.on_progress = on_progress
 
     def ask(self, path: str, **arguments: str) -> Any:
         query = urllib.parse.urlencode(arguments)
@@ -68,6 +74,11 @@ class Cluster:
         """The samples of an instant query."""
         found = self.ask("query", query=expression)["result"]
         return [(each["metric"], float(each["value"][1])) for each in found]
+
+    def ray_targets(self) -> list[dict[str, Any]]:
+        """The nodes that are scraped."""
+        targets = self.ask("targets")["activeTargets"]
+        return [target for target in targets if target["labels"]["job"] == "ray"]
 
     def firing(self) -> set[str]:
         alerts = self.ask("alerts")["alerts"]
@@ -90,17 +101,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     environment = {"PYTHONPATH": path, "RAY_metrics_report_interval_ms": "1000"}
     with autoscaled(settings, environment) as watched:
         late(watched.url)
-        with monitoring(watched.address) as (url, page):
-            yield Cluster(watched, url, page)
+        fleet = f"127.0.0.1:{free_port()}"
+        with (
+            serving_metrics(fleet) as on_progress,
+            monitoring(watched.address, fleet) as (url, page),
+        ):
+            yield Cluster(watched, url, page, on_progress)
 
 
 @contextlib.contextmanager
-def monitoring(address: str) -> Iterator[tuple[str, str]]:
+def monitoring(address: str, fleet: str) -> Iterator[tuple[str, str]]:
     """`datamix monitor` as a user starts it, ended with Ctrl-C."""
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster.cli", "monitor", "--address", address, "--port", "0"]
-        + ["--interval", "2", "--page-port", "0"],
+        + ["--interval", "2", "--page-port", "0", "--fleet", fleet],
         cwd=ROOT,
         env={**os.environ, MARK: mark},
         stdout=subprocess.PIPE,
@@ -163,8 +178,9 @@ def load(cluster: Cluster, rate: float, timeout_s: float = 0.6) -> Iterator[None
             simulate(
                 FleetConfig(
                     url=cluster.watched.url, devices=40, rate=rate, duration_s=8, seed=seed,
-                    workload="echo", rows=4, timeout_s=timeout_s,
-                )
+                    workload="echo", rows=4, timeout_s=timeout_s, storms=(Storm(4.0, 0.2),),
+                ),
+                cluster.on_progress,
             )  # fmt: skip
 
     thread = threading.Thread(target=run)
@@ -224,7 +240,7 @@ def test_every_panel_of_the_live_page_has_data(cluster: Cluster) -> None:
 
 
 def test_a_node_is_scraped_without_what_nobody_asks_for(cluster: Cluster) -> None:
-    targets = cluster.ask("targets")["activeTargets"]
+    targets = cluster.ray_targets()
     assert [target["health"] for target in targets] == ["up"]
     assert not cluster.query('{__name__=~"ray_grpc_.*"}')
     (node,) = {labels["node"] for labels, _ in cluster.query("ray_datamix_rows_total")}
@@ -257,7 +273,7 @@ def test_the_engine_is_as_busy_as_it_says(cluster: Cluster) -> None:
 
 def test_the_pages_of_the_table_are_parsed_by_prometheus_own_format(cluster: Cluster) -> None:
     """What Ray's agent serves is valid text of the exposition format, help and type included."""
-    (target,) = cluster.ask("targets")["activeTargets"]
+    (target,) = cluster.ray_targets()
     with urllib.request.urlopen(target["scrapeUrl"], timeout=30) as answer:
         text = answer.read().decode()
     families = {family.name: family for family in text_string_to_metric_families(text)}

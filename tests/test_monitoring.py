@@ -167,11 +167,12 @@ def test_what_compose_mounts_is_there_and_is_where_it_is_looked_for() -> None:
 
 
 def test_ours_is_the_same_with_targets_of_its_own(tmp_path: Path) -> None:
-    options = Options(gpu_exporters=("n:9835",), interval_s=3)
+    options = Options(gpu_exporters=("n:9835",), fleets=("f:9500",), interval_s=3)
     config = configuration(tmp_path / "nodes.json", options)
-    ray, gpu = config["scrape_configs"]
+    ray, gpu, fleet = config["scrape_configs"]
     assert ray["file_sd_configs"][0]["files"] == [str(tmp_path / "nodes.json")]
     assert gpu["static_configs"] == [{"targets": ["n:9835"]}]
+    assert fleet["static_configs"] == [{"targets": ["f:9500"]}]
     assert config["global"]["scrape_interval"] == "3s"
     assert all(Path(name).is_file() for name in config["rule_files"])
     shipped = yaml.safe_load((FOLDER / "prometheus.yml").read_text())

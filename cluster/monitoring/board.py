@@ -445,6 +445,55 @@ COST = Panel(
         ),
     ),
 )
+FLEET_DEVICES = Panel(
+    "fleet_devices",
+    "Simulated devices",
+    "There are, connected, and inferences under way on them (datamix simulate --metrics).",
+    "count",
+    (
+        Query("sum(ray_datamix_fleet_devices)", "devices"),
+        Query("sum(ray_datamix_fleet_connected_devices)", "connected"),
+        Query("sum(ray_datamix_fleet_open_inferences)", "inferences under way"),
+    ),
+)
+FLEET_OUTCOMES = Panel(
+    "fleet_outcomes",
+    "Inferences, as devices see them",
+    "Begun, and how they ended. Retries hide what the cloud refused; its own count shows that.",
+    "per_s",
+    (
+        Query("sum(rate(ray_datamix_fleet_begun_inferences_total[$window]))", "begun"),
+        Query(
+            "sum by (outcome) (rate(ray_datamix_fleet_inferences_total[$window]))", "{{outcome}}"
+        ),
+    ),
+    live=True,
+)
+FLEET_LATENCY = Panel(
+    "fleet_latency",
+    "Latency, as devices see it",
+    "From when an inference fell due until its result, all rounds, networks and retries included.",
+    "seconds",
+    tuple(
+        Query(
+            f"histogram_quantile({share:g}, "
+            "sum by (le) (rate(ray_datamix_fleet_latency_seconds_bucket[$window])))",
+            f"p{share * 100:g}",
+        )
+        for share in (0.5, 0.9, 0.99)
+    ),
+    live=True,
+)
+FLEET_AGAIN = Panel(
+    "fleet_again",
+    "Sent and opened again",
+    "Messages that devices sent again, and streams that they opened again.",
+    "per_s",
+    (
+        Query("sum(rate(ray_datamix_fleet_retries_total[$window]))", "messages"),
+        Query("sum(rate(ray_datamix_fleet_reconnects_total[$window]))", "streams"),
+    ),
+)
 
 # By the recording rules (rules.yml), of all that Prometheus watches: windows of days are slow.
 BURN = Panel(
@@ -524,6 +573,7 @@ BOARDS: tuple[Board, ...] = (
         (
             Row("Devices", (STREAMS, CLOSED, REQUESTS)),
             Row("What they are refused", (SHED, ERRORS, BYTES)),
+            Row("Simulated", (FLEET_LATENCY, FLEET_OUTCOMES, FLEET_DEVICES, FLEET_AGAIN)),
         ),
         ("retry-storm",),
     ),

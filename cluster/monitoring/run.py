@@ -47,6 +47,7 @@ class Options:
         binary: Prometheus; None for the one on the PATH.
         data: folder for what it records, kept; None for one that goes with it.
         gpu_exporters: ``host:port`` of each `datamix gpu-exporter`.
+        fleets: ``host:port`` of the metrics of each fleet of simulated devices.
         interval_s: between two scrapes, and two evaluations of the rules.
         page_port: of the live page, with the run-books; 0 for a free one, None for no page.
     """
@@ -55,6 +56,7 @@ class Options:
     binary: str | None = None
     data: Path | None = None
     gpu_exporters: tuple[str, ...] = ()
+    fleets: tuple[str, ...] = ()
     interval_s: int = 10
     page_port: int | None = 9400
 
@@ -200,6 +202,7 @@ def configuration(nodes: Path, options: Options) -> dict[str, Any]:
     jobs = {job["job_name"]: job for job in config["scrape_configs"]}
     jobs["ray"]["file_sd_configs"] = [{"files": [str(nodes)], "refresh_interval": "5s"}]
     jobs["datamix-gpu"]["static_configs"] = [{"targets": list(options.gpu_exporters)}]
+    jobs["datamix-fleet"]["static_configs"] = [{"targets": list(options.fleets)}]
     return config
 
 

@@ -11,7 +11,7 @@ from datamix.errors import ConfigError
 from edge.fleet.config import FleetConfig
 from edge.fleet.crew import Launch
 from edge.fleet.processes import processes
-from edge.fleet.run import simulate
+from edge.fleet.run import FleetProgress, OnProgress, simulate
 from edge.fleet.threshold import Threshold, exit_code
 from edge.fleet.view import live_view, show
 
@@ -24,8 +24,9 @@ def run(
     html_path: Path | None,
     gates: Sequence[Threshold] = (),
     launch: Launch = processes,
+    also: Sequence[OnProgress] = (),
 ) -> int:
-    """Simulate and report; return the exit code.
+    """Simulate and report; return the exit code. ``also`` are told of progress, too.
 
     0: valid, and every inference answered right. 1: the cloud failed some. 3: the figures are not
     the cloud's. 4: a gate was not passed. 130: interrupted (the report covers what was done).
@@ -39,7 +40,12 @@ def run(
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path.parent} is no folder, expected one to write {path.name} to")
     config.schedule()  # what makes none, such as a trace that can't be read, is said at once
-    with live_view() as on_progress:
+    with live_view() as view:
+
+        def on_progress(progress: FleetProgress) -> None:
+            for tell in (view, *also):
+                tell(progress)
+
         summary = simulate(config, on_progress, launch)
     show(summary)
     outcomes = [gate.judge(summary) for gate in gates]

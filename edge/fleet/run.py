@@ -46,7 +46,8 @@ class FleetProgress:
         counters: totals so far.
         requests_per_s: answered since the last progress.
         offered_per_s: inferences begun since the last progress, per second.
-        p50_s: median latency of the inferences answered since then; None if there were none.
+        latencies_s: of the inferences answered since the last progress, from when they fell due.
+        p50_s: their median; None if there were none.
         p99_s: their 99th percentile, or None if they are too few.
         batch_rows_mean: rows per batch lately; None where the cloud gives no statistics.
         engine_busy_ratio: share of time its engine computed lately.
@@ -62,6 +63,7 @@ class FleetProgress:
     counters: dict[str, int]
     requests_per_s: float
     offered_per_s: float
+    latencies_s: list[float]
     p50_s: float | None
     p99_s: float | None
     batch_rows_mean: float | None
@@ -370,6 +372,7 @@ class _Fleet:
                 counters=counters,
                 requests_per_s=(counters["requests_ok"] - self._shown["requests_ok"]) / span_s,
                 offered_per_s=(counters["begun"] - self._shown["begun"]) / span_s,
+                latencies_s=self._latencies_s,
                 p50_s=lately["p50"],
                 p99_s=lately["p99"],
                 batch_rows_mean=cloud.batch_rows_mean,
@@ -378,7 +381,7 @@ class _Fleet:
             )
         )
         self._shown_s, self._shown_elapsed_s, self._shown = now, elapsed_s, counters
-        self._latencies_s.clear()
+        self._latencies_s = []
 
 
 def _error(failure: Failure) -> Exception:
