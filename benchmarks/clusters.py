@@ -153,8 +153,9 @@ def _transports(options: dict[str, Any]) -> None:
 
 def _metered(options: dict[str, Any]) -> None:
     """Replicas that know what their metrics cost them; also says where their node is scraped."""
-    # Before Ray reads it: the agent hears of metrics every second, where 10 s are usual.
-    os.environ.update({"RAY_metrics_report_interval_ms": "1000"})
+    # Before Ray reads it: how often the agent hears of metrics.
+    interval_ms = options.get("report_interval_ms", 10_000)
+    os.environ.update({"RAY_metrics_report_interval_ms": str(interval_ms)})
     from benchmarks import telemetry_app
     from cluster.local import free_port, local_ray, wait_ready
     from deployments.config import Config

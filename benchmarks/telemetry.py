@@ -1,8 +1,9 @@
 """What do metrics and traces cost a message, a scrape a node, and is a shown utilisation true?
 
-- One Ray with three replicas of an idle backbone: with metrics, without, and with metrics and one
-  traced message in 100. Loaded in turn; each replica's CPU time is its own process's. The share of
-  recording is measured beside that, by a thread's clock around it.
+- One Ray with four replicas of an idle backbone: without metrics, with, with one traced message in
+  100 besides, and with a thread's clock around all that records, which gives its share. Loaded in
+  turn; each replica's CPU time is its own process's. What metrics cost while nothing comes is
+  measured beside that.
 - A node with eight emulated replicas: how long its agent takes to answer a scrape, and how many
   series come, all of them and those that the shipped configurations keep.
 - An emulated engine at three loads: the rate of datamix_engine_busy_seconds_total between two
@@ -105,19 +106,20 @@ def data_plane(
     features = np.random.default_rng(1).standard_normal((ROWS, *SHAPE), np.float32)
     message = wire.encode_request(features, request_id="0" * 16)
     traced = wire.encode_request(features, request_id="0" * 16, traceparent=TRACE)
-    each: dict[str, list[float]] = {"off": [], "on": [], "traced": []}
+    each: dict[str, list[float]] = {"off": [], "on": [], "traced": [], "timed": []}
     shares, rates = [], []
     config = {"engine": "null", "echo_shape": SHAPE}
     with sink() as collector:
         configs = {
             "off": config,
             "on": config,
+            "timed": config,
             "traced": {**config, "trace_endpoint": collector, "traces_per_s": 1e6},
         }
         with clusters.start("metered", configs=configs) as url:
             for number in range(rounds):
                 # Another order each time: who comes first finds another machine.
-                order = [*each][number % 3 :] + [*each][: number % 3]
+                order = [*each][number % len(each) :] + [*each][: number % len(each)]
                 for arm in order:
                     before = stats(f"{url}/{arm}")
                     run = load.run(
@@ -132,11 +134,12 @@ def data_plane(
                     spent_s = after["cpu_s"] - before["cpu_s"]
                     count = after["requests"]["ok"] - before["requests"].get("ok", 0)
                     each[arm].append(spent_s / count * 1e6)
-                    if arm == "on":
+                    if arm == "timed":
                         recorded_s = after["telemetry_cpu_s"] - before["telemetry_cpu_s"]
                         shares.append(recorded_s / spent_s)
                     rates.append(run.rate)
                     print(f"round {number + 1}: {arm}: {each[arm][-1]:.1f} us", flush=True)
+            idle = _idle(url, 30.0)
     medians = {arm: statistics.median(values) for arm, values in each.items()}
     rows = [
         {
@@ -151,6 +154,10 @@ def data_plane(
             ("traced", "metrics, 1 in 100 traced"),
         )
     ]
+    rows += [
+        {"what": f"idle replica's CPU ms a second, {words}", "value": idle[arm] * 1e3}
+        for arm, words in (("off", "no metrics"), ("on", "metrics"))
+    ]
 
     def over(arm: str, base: str) -> float:
         """Rounds side by side, so that the machine's moods cancel out."""
@@ -159,9 +166,18 @@ def data_plane(
     return rows, {
         "recording_share_of_cpu": statistics.median(shares),
         "metrics_on_over_off": over("on", "off"),
-        "traces_1_percent_over_metrics": over("traced", "on"),
+        "metrics_and_traces_over_off": over("traced", "off"),
+        "idle_metrics_ms_per_s": (idle["on"] - idle["off"]) * 1e3,
         "messages_per_s": statistics.median(rates),
     }
+
+
+def _idle(url: str, seconds: float) -> dict[str, float]:
+    """CPU seconds per second of the replicas with and without metrics, while nothing comes."""
+    arms = ("off", "on")
+    before = {arm: stats(f"{url}/{arm}")["cpu_s"] for arm in arms}
+    time.sleep(seconds)
+    return {arm: (stats(f"{url}/{arm}")["cpu_s"] - before[arm]) / seconds for arm in arms}
 
 
 def node(replicas: int, scrapes: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -172,7 +188,9 @@ def node(replicas: int, scrapes: int) -> tuple[list[dict[str, Any]], dict[str, f
         "max_batch_rows": MAX_BATCH_ROWS,
         "max_request_rows": ROWS,
     }
-    with clusters.start_saying("metered", configs={"on": config}, replicas=replicas) as said:
+    with clusters.start_saying(
+        "metered", configs={"on": config}, replicas=replicas, report_interval_ms=1000
+    ) as said:
         fleet(f"{said['url']}/on", 40.0, 10.0)
         time.sleep(LAG_S)
         times_s, texts = [], []
@@ -239,7 +257,7 @@ def utilisation(seconds: float) -> tuple[list[dict[str, Any]], dict[str, float]]
         "max_request_rows": ROWS,
     }
     rows, worst = [], 0.0
-    with clusters.start_saying("metered", configs={"on": config}) as said:
+    with clusters.start_saying("metered", configs={"on": config}, report_interval_ms=1000) as said:
         url = f"{said['url']}/on"
         # Batches of one message, so that the rate says how busy the engine is.
         for share in (0.10, 0.50, 0.95):
@@ -273,13 +291,13 @@ def main() -> None:
     """Run and report."""
     parser = report.parser(__doc__)
     parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="of each round of the data plane"
     )
     parser.add_argument("--replicas", type=int, default=8)
     parser.add_argument("--scrapes", type=int, default=21)
-    parser.add_argument("--window", type=float, default=30.0, help="of a utilisation, in seconds")
+    parser.add_argument("--window", type=float, default=100.0, help="of a utilisation, in seconds")
     options = parser.parse_args()
     parts = [
         data_plane(options.streams, options.rounds, options.seconds),
@@ -292,7 +310,7 @@ def main() -> None:
         [row for rows, _ in parts for row in rows],
         [
             "recording_share_of_cpu: CPU time of the calls that record, over the replica's; the "
-            "threads of Ray that send to the agent are in metrics_on_over_off, with all noise",
+            "threads of Ray that send to the agent are in metrics_on_over_off and in the idle rows",
             "series kept: without those that the shipped configurations of Prometheus drop",
             "utilisation: lowest and highest are the engine's own clock over the same window",
         ],
