@@ -14,10 +14,9 @@ from typing import Any
 from benchmarks import report
 from benchmarks.failures import CUT_S, Struck, row
 from benchmarks.hosted import DEVICES, HEAD, WORKERS, Hosted, hosted
-from benchmarks.operated import BUNDLE, Seen, until
+from benchmarks.operated import Seen, until
 from tests.hosts import Hosts
 
-ARGS: dict[str, Any] = {"bundle": str(BUNDLE), "threads": 1}
 REPLICAS = 2
 _RAYLET, _GCS = r"/raylet$", r"/gcs_server$"
 REDIS_PORT = 6399
@@ -27,7 +26,8 @@ def kill_raylet(cluster: Hosted) -> Struck:
     """kill -9 of the raylet of a worker: the node is lost, and what ran there."""
     number, before = cluster.worker_with_replica(), cluster.running()
     at_s = cluster.kill(number, _RAYLET)
-    struck = Struck(at_s, _until_replaced(cluster, before, at_s))
+    cluster.until_replaced(before)
+    struck = Struck(at_s, time.monotonic() - at_s)
     cluster.run(number, "ray stop --force")
     cluster.start_worker(number)
     return struck
@@ -38,7 +38,8 @@ def power_off(cluster: Hosted) -> Struck:
     number, before = cluster.worker_with_replica(), cluster.running()
     cluster.hosts.power_off(number)
     at_s = time.monotonic()
-    struck = Struck(at_s, _until_replaced(cluster, before, at_s))
+    cluster.until_replaced(before)
+    struck = Struck(at_s, time.monotonic() - at_s)
     cluster.hosts.power_on(number)
     cluster.start_worker(number)
     return struck
@@ -71,7 +72,8 @@ def fill_disk(cluster: Hosted) -> Struck:
     at_s = time.monotonic()
     time.sleep(5)
     killed_s = cluster.kill(number, r"^ray::ServeReplica")
-    back_s = _until_replaced(cluster, before, killed_s)
+    cluster.until_replaced(before)
+    back_s = time.monotonic() - killed_s
     cluster.hosts.run(number, "rm /tmp/fill")
     return Struck(at_s, back_s)
 
@@ -97,15 +99,6 @@ FAILURES: dict[str, Strike] = {
     "full disk on a worker, and its replica killed": fill_disk,
 }
 HEAD_FAILURE = "kill -9 of the whole head, with Redis"
-
-
-def _until_replaced(cluster: Hosted, before: set[str], at_s: float) -> float:
-    def replaced() -> bool:
-        now = cluster.running()
-        return len(now) == REPLICAS and bool(now - before)
-
-    until(replaced, within_s=180)
-    return time.monotonic() - at_s
 
 
 def strike(cluster: Hosted, work: Strike, **settings: Any) -> tuple[Seen, Struck]:
@@ -160,7 +153,7 @@ def main() -> None:
             with hosted(hosts) as cluster:
                 for name, work in FAILURES.items():
                     if name in chosen:
-                        cluster.spread(ARGS)
+                        cluster.spread()
                         add(name, *strike(cluster, work, **load))
     if HEAD_FAILURE in chosen:
         with Hosts() as hosts:

@@ -142,12 +142,32 @@ class Hosted:
         addresses = set(self.replicas().values())
         return next(number for number in WORKERS if self.hosts.ip(number) in addresses)
 
-    def spread(self, args: dict[str, Any]) -> None:
-        """Deploy anew until each worker has a replica again."""
-        for turn in range(4):
+    def until_replaced(self, before: set[str], within_s: float = 180) -> None:
+        """Wait until as many replicas run as ``before``, one of them new.
+
+        Raises:
+            TimeoutError: it did not come about.
+        """
+
+        def replaced() -> bool:
+            now = self.running()
+            return len(now) == len(before) and bool(now - before)
+
+        until(replaced, within_s)
+
+    def spread(self) -> None:
+        """Kill one of two replicas on the same worker until each worker has one again.
+
+        A deployment would not do: its new replicas come before the old ones go, and so all go
+        where these are not.
+        """
+        for _ in range(8):
             if len(set(self.replicas().values())) == len(WORKERS):
                 return
-            self.deploy(args | {"release": f"spread-{turn}-{int(time.monotonic())}"}, replicas=2)
+            number, before = self.worker_with_replica(), self.running()
+            victim = self.pids(number, r"^ray::ServeReplica")[0]
+            self.hosts.run(number, f"kill -9 {victim}")
+            self.until_replaced(before)
         raise RuntimeError("the replicas would not spread over the workers")
 
     @contextlib.contextmanager

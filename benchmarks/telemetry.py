@@ -1,8 +1,8 @@
 """What do metrics and traces cost a message, a scrape a node, and is a shown utilisation true?
 
 - One Ray with four replicas of an idle backbone: without metrics, with, with one traced message in
-  100 besides, and with a thread's clock around all that records, which gives its share. Loaded in
-  turn; each replica's CPU time is its own process's. What metrics cost while nothing comes is
+  100 besides, and with a thread's clock around all that records, which gives its share. Loaded at
+  once; each replica's CPU time is its own process's. What metrics cost while nothing comes is
   measured beside that.
 - A node with eight emulated replicas: how long its agent takes to answer a scrape, and how many
   series come, all of them and those that the shipped configurations keep.
@@ -20,6 +20,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ ENGINE = f"emulated:{A_S},{B_S}"
 ROWS, MAX_BATCH_ROWS = 4, 32
 CONFIGURATION = Path(__file__).parents[1] / "cluster/monitoring/prometheus.yml"
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-LAG_S = 3.0  # from a replica's totals to what its node's agent serves
+REPORT_S = 10.0  # between two reports of a process to its agent, as Ray has it
+LAG_S = 3.0  # with a report each second: from a replica's totals to what its node's agent serves
 
 
 def stats(url: str) -> dict[str, Any]:
@@ -108,37 +110,40 @@ def data_plane(
     traced = wire.encode_request(features, request_id="0" * 16, traceparent=TRACE)
     each: dict[str, list[float]] = {"off": [], "on": [], "traced": [], "timed": []}
     shares, rates = [], []
-    config = {"engine": "null", "echo_shape": SHAPE}
+    config: dict[str, Any] = {"engine": "null", "echo_shape": SHAPE}
     with sink() as collector:
-        configs = {
-            "off": config,
-            "on": config,
-            "timed": config,
-            "traced": {**config, "trace_endpoint": collector, "traces_per_s": 1e6},
-        }
-        with clusters.start("metered", configs=configs) as url:
+        configs: dict[str, dict[str, Any]] = dict.fromkeys(each, config)
+        configs["traced"] = {**config, "trace_endpoint": collector, "traces_per_s": 1e6}
+        with (
+            clusters.start("metered", configs=configs) as url,
+            ThreadPoolExecutor(len(each)) as pool,
+        ):
+
+            def work(arm: str) -> load.Load:
+                return load.run(
+                    "stream",
+                    f"ws{url.removeprefix('http')}/{arm}/v2/models/echo/stream",
+                    message,
+                    connections=streams,
+                    run_s=seconds,
+                    hundredth=traced if arm == "traced" else b"",
+                )
+
             for number in range(rounds):
-                # Another order each time: who comes first finds another machine.
-                order = [*each][number % len(each) :] + [*each][: number % len(each)]
-                for arm in order:
-                    before = stats(f"{url}/{arm}")
-                    run = load.run(
-                        "stream",
-                        f"ws{url.removeprefix('http')}/{arm}/v2/models/echo/stream",
-                        message,
-                        connections=streams,
-                        run_s=seconds,
-                        hundredth=traced if arm == "traced" else b"",
-                    )
-                    after = stats(f"{url}/{arm}")
-                    spent_s = after["cpu_s"] - before["cpu_s"]
-                    count = after["requests"]["ok"] - before["requests"].get("ok", 0)
-                    each[arm].append(spent_s / count * 1e6)
+                # All at once, so that they find the same machine.
+                before = {arm: stats(f"{url}/{arm}") for arm in each}
+                runs = list(pool.map(work, each))
+                after = {arm: stats(f"{url}/{arm}") for arm in each}
+                for arm, values in each.items():
+                    spent_s = after[arm]["cpu_s"] - before[arm]["cpu_s"]
+                    answered = after[arm]["requests"]["ok"] - before[arm]["requests"].get("ok", 0)
+                    values.append(spent_s / answered * 1e6)
                     if arm == "timed":
-                        recorded_s = after["telemetry_cpu_s"] - before["telemetry_cpu_s"]
-                        shares.append(recorded_s / spent_s)
-                    rates.append(run.rate)
-                    print(f"round {number + 1}: {arm}: {each[arm][-1]:.1f} us", flush=True)
+                        clocked_s = after[arm]["telemetry_cpu_s"] - before[arm]["telemetry_cpu_s"]
+                        shares.append(clocked_s / spent_s)
+                rates.append(sum(run.rate for run in runs))
+                latest = ", ".join(f"{arm} {values[-1]:.1f}" for arm, values in each.items())
+                print(f"round {number + 1}: {latest} us", flush=True)
             idle = _idle(url, 30.0)
     medians = {arm: statistics.median(values) for arm, values in each.items()}
     rows = [
@@ -155,12 +160,17 @@ def data_plane(
         )
     ]
     rows += [
-        {"what": f"idle replica's CPU ms a second, {words}", "value": idle[arm] * 1e3}
+        {
+            "what": f"idle replica's CPU ms a second, {words}",
+            "value": idle[arm] * 1e3,
+            "lowest": "",
+            "highest": "",
+        }
         for arm, words in (("off", "no metrics"), ("on", "metrics"))
     ]
 
     def over(arm: str, base: str) -> float:
-        """Rounds side by side, so that the machine's moods cancel out."""
+        """Within a round, so that the machine's moods cancel out."""
         return statistics.median(a / b - 1 for a, b in zip(each[arm], each[base], strict=True))
 
     return rows, {
@@ -188,11 +198,9 @@ def node(replicas: int, scrapes: int) -> tuple[list[dict[str, Any]], dict[str, f
         "max_batch_rows": MAX_BATCH_ROWS,
         "max_request_rows": ROWS,
     }
-    with clusters.start_saying(
-        "metered", configs={"on": config}, replicas=replicas, report_interval_ms=1000
-    ) as said:
+    with clusters.start_saying("metered", configs={"on": config}, replicas=replicas) as said:
         fleet(f"{said['url']}/on", 40.0, 10.0)
-        time.sleep(LAG_S)
+        time.sleep(2 * REPORT_S)
         times_s, texts = [], []
         for _ in range(scrapes):
             began = time.perf_counter()
@@ -290,7 +298,7 @@ def utilisation(seconds: float) -> tuple[list[dict[str, Any]], dict[str, float]]
 def main() -> None:
     """Run and report."""
     parser = report.parser(__doc__)
-    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--streams", type=int, default=16, help="per replica")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="of each round of the data plane"
@@ -305,8 +313,8 @@ def main() -> None:
         utilisation(options.window),
     ]
     report.show(
-        f"{options.streams} streams and a null engine; {options.replicas} emulated replicas; one "
-        "emulated engine",
+        f"{options.streams} streams to each of four null engines; {options.replicas} emulated "
+        "replicas; one emulated engine",
         [row for rows, _ in parts for row in rows],
         [
             "recording_share_of_cpu: CPU time of the calls that record, over the replica's; the "
