@@ -115,17 +115,12 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
         "What do metrics and traces cost a message, what a scrape a node, and is a shown "
         "utilisation true?",
         [
-            ("recording_share_of_cpu", "<=", 0.02),
             ("metrics_on_over_off", "<=", 0.02),
             ("metrics_and_traces_over_off", "<=", 0.02),
             ("scrape_ms", "<=", 50.0),
             ("series_kept", "<=", 2000.0),
             ("utilisation_off_points", "<=", 2.0),
         ],
-    ),
-    "capacity": (
-        "Does the search for a cloud's capacity find what is known of an emulated engine?",
-        [("worst_relative_error", "<=", 0.03)],
     ),
     "recording": (
         "What does the record of a run cost its generator, and what does reading it back take?",
