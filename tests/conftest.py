@@ -15,18 +15,6 @@ settings.register_profile("fixed", deadline=None, derandomize=True)
 settings.load_profile("fixed")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests share something slow, so that xdist's loadgroup keeps them in one process."""
-    for item in items:
-        assert isinstance(item, pytest.Function)
-        group = item.path.stem
-        if item.get_closest_marker("hosts"):
-            group = "hosts"
-        elif "cluster" in item.fixturenames and not hasattr(item.module, "cluster"):
-            group = "cluster"  # the session's, not one of a file's own
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Served]:
     """The shared cluster with the shipped bundle."""

@@ -116,7 +116,7 @@ ALONE = "cluster or hosts or monitoring"
 @pytest.mark.parametrize("failing", ["", f"not ({ALONE})", ALONE])
 def test_all_tests_are_two_runs_and_either_fails_both(house: House, failing: str) -> None:
     code, out, _ = house.run("test", FAKE_FAILS_FOR=f"-m {failing}" if failing else "none")
-    assert [line.split(" -n ")[0] for line in out.splitlines()] == [
+    assert [line.split(" --durations")[0].split(" -n ")[0] for line in out.splitlines()] == [
         f"python -m pytest -m not ({ALONE})",
         f"python -m pytest -m {ALONE}",
     ]

@@ -212,8 +212,11 @@ def _following(targets: Targets, path: Path) -> Iterator[None]:
     ended = threading.Event()
 
     def write() -> None:
+        found = list(targets())
+        if not found and path.exists():
+            raise Unavailable("Ray names none")  # it was asked while it was busy: one answers us
         new = path.with_suffix(".new")
-        new.write_text(json.dumps([{"targets": list(targets())}]))
+        new.write_text(json.dumps([{"targets": found}]))
         new.replace(path)
 
     def follow() -> None:
