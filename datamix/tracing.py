@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from datamix.errors import ConfigError, WireError
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.sampling import Sampler
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import SpanProcessor
     from opentelemetry.trace import Span
 
 FIELD = "traceparent"
@@ -67,14 +67,15 @@ def parent_of(span: Span) -> str | None:
     return str(Parent(context.trace_id, context.span_id, True))
 
 
-def open_provider(service: str, endpoint: str, sampler: Sampler | None = None) -> TracerProvider:
-    """Where spans are exported to from here, in batches, by a thread of its own.
+def open_queue(service: str, endpoint: str) -> tuple[Resource, SpanProcessor]:
+    """Where ended spans are exported to from here, in batches, by a thread of its own.
 
     Args:
         service: who makes the spans.
         endpoint: where a collector takes OTLP over HTTP: ``http(s)://host:4318/v1/traces``.
-        sampler: which traces are recorded; None for those that the caller recorded, and all that
-            begin here.
+
+    Returns:
+        What the spans say of the service, and what takes them.
 
     Raises:
         ConfigError: the endpoint is no URL, or OpenTelemetry is not installed.
@@ -86,7 +87,6 @@ def open_provider(service: str, endpoint: str, sampler: Sampler | None = None) -
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         raise ConfigError(
@@ -94,6 +94,4 @@ def open_provider(service: str, endpoint: str, sampler: Sampler | None = None) -
             "pip install 'datamix-cluster[tracing]'"
         ) from error
     resource = Resource.create({"service.name": service})
-    provider = TracerProvider(sampler=sampler, resource=resource)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
-    return provider
+    return resource, BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint))

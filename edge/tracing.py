@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from datamix.errors import ConfigError
-from datamix.tracing import open_provider, parent_of
+from datamix.tracing import open_queue, parent_of
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
@@ -51,7 +51,7 @@ def tracing(endpoint: str | None, ratio: float = 1.0) -> Iterator[Tracer | None]
     """A tracer while the block runs, whose spans have left when it ends; None without an endpoint.
 
     Args:
-        endpoint: see :func:`datamix.tracing.open_provider`.
+        endpoint: see :func:`datamix.tracing.open_queue`.
         ratio: the share of inferences that are traced, 0 to 1.
 
     Raises:
@@ -62,13 +62,12 @@ def tracing(endpoint: str | None, ratio: float = 1.0) -> Iterator[Tracer | None]
     if endpoint is None:
         yield None
         return
-    try:
-        from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-    except ImportError:
-        sampler = None  # open_provider says so
-    else:
-        sampler = ParentBased(TraceIdRatioBased(ratio))
-    provider = open_provider(SERVICE, endpoint, sampler)
+    resource, queue = open_queue(SERVICE, endpoint)
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+
+    provider = TracerProvider(ParentBased(TraceIdRatioBased(ratio)), resource)
+    provider.add_span_processor(queue)
     try:
         yield provider.get_tracer("datamix")
     finally:

@@ -241,7 +241,7 @@ def test_a_collector_that_hangs_does_not_keep_a_replica(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("endpoint", ["", "collector:4318", "ftp://host/v1/traces"])
 def test_an_endpoint_is_a_url(endpoint: str) -> None:
     with pytest.raises(ConfigError, match="trace endpoint is .*, expected a URL such as"):
-        tracing.open_provider("test", endpoint)
+        tracing.open_queue("test", endpoint)
 
 
 def test_a_ratio_is_a_share() -> None:
