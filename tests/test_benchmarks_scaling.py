@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import scaling
-from benchmarks.scaling import Behaviour, Case, Fleetwide, Node, Stream, Workload
+from benchmarks import scaling_cases as known
+from benchmarks import scaling_plan as plans
+from benchmarks.scaling_plan import Behaviour, Case, Fleetwide, Node, Stream, Workload
 from deployments.profile import BlockProfile, Profile
 
 TIERS = ((10.0, 0.09), (50.0, 0.08), (math.inf, 0.05))
@@ -28,7 +30,7 @@ Standard = tuple[dict[str, Any], list[Case]]
 
 @pytest.fixture(scope="module")
 def standard() -> Standard:
-    return scaling.standard()
+    return known.standard()
 
 
 CASES = st.builds(
@@ -88,11 +90,11 @@ DEVICES = st.integers(1, 10_000_000)
 
 @given(rate=positive(1e-9, 100), timeout_s=positive(1, 1e5))
 def test_a_share_of_devices_is_connected(rate: float, timeout_s: float) -> None:
-    share = scaling.connected_share(rate, timeout_s)
+    share = plans.connected_share(rate, timeout_s)
     assert 0 < share <= 1
-    assert 0 <= scaling.opening_rate(rate, timeout_s) <= rate
-    assert scaling.connected_share(2 * rate, timeout_s) >= share
-    assert scaling.opening_rate(rate, 2 * timeout_s) <= scaling.opening_rate(rate, timeout_s)
+    assert 0 <= plans.opening_rate(rate, timeout_s) <= rate
+    assert plans.connected_share(2 * rate, timeout_s) >= share
+    assert plans.opening_rate(rate, 2 * timeout_s) <= plans.opening_rate(rate, timeout_s)
 
 
 @pytest.mark.parametrize("mean_s", [100.0, 600.0, 5000.0])
@@ -103,10 +105,8 @@ def test_streams_as_devices_played_through(mean_s: float) -> None:
     total_s = sum(gaps)
     held_s = sum(min(gap, timeout_s) for gap in gaps)
     opened = sum(gap > timeout_s for gap in gaps)
-    assert held_s / total_s == pytest.approx(
-        scaling.connected_share(1 / mean_s, timeout_s), rel=0.02
-    )
-    expected = scaling.opening_rate(1 / mean_s, timeout_s) * total_s
+    assert held_s / total_s == pytest.approx(plans.connected_share(1 / mean_s, timeout_s), rel=0.02)
+    expected = plans.opening_rate(1 / mean_s, timeout_s) * total_s
     assert abs(opened - expected) < 4 * math.sqrt(expected)  # four deviations of chance
 
 
@@ -115,10 +115,10 @@ def test_streams_as_devices_played_through(mean_s: float) -> None:
 
 @given(case=CASES, devices=DEVICES)
 def test_no_limit_of_a_node_is_exceeded(case: Case, devices: int) -> None:
-    found = scaling.plan(case, devices)
+    found = plans.plan(case, devices)
     working = found.nodes - found.clusters
-    has = scaling.gives(case.node)
-    for limit, use in scaling.takes(case, case.behaviour.peak).items():
+    has = plans.gives(case.node)
+    for limit, use in plans.takes(case, case.behaviour.peak).items():
         assert devices * use <= working * has[limit] * (1 + 1e-9), limit
     assert found.full <= 1 + 1e-9
     assert found.limit in has
@@ -126,22 +126,22 @@ def test_no_limit_of_a_node_is_exceeded(case: Case, devices: int) -> None:
 
 @given(case=CASES, devices=DEVICES)
 def test_one_node_less_would_be_too_few(case: Case, devices: int) -> None:
-    found = scaling.plan(case, devices)
+    found = plans.plan(case, devices)
     working = found.nodes - found.clusters
     if working > 2:  # two may be there for their ports
-        use = scaling.takes(case, case.behaviour.peak)[found.limit]
-        assert devices * use > (working - 1) * scaling.gives(case.node)[found.limit] * (1 - 1e-9)
+        use = plans.takes(case, case.behaviour.peak)[found.limit]
+        assert devices * use > (working - 1) * plans.gives(case.node)[found.limit] * (1 - 1e-9)
 
 
 @given(case=CASES, devices=DEVICES)
 def test_a_single_machine_has_ports_for_its_streams(case: Case, devices: int) -> None:
-    found = scaling.plan(case, devices)
+    found = plans.plan(case, devices)
     assert found.nodes - found.clusters > 1 or found.streams <= case.fleetwide.ports
 
 
 @given(case=CASES, devices=DEVICES)
 def test_clusters_and_regions_hold_their_parts(case: Case, devices: int) -> None:
-    found = scaling.plan(case, devices)
+    found = plans.plan(case, devices)
     assert found.clusters % found.regions == 0
     assert devices <= found.regions * case.fleetwide.devices_per_region
     working = found.nodes - found.clusters
@@ -151,7 +151,7 @@ def test_clusters_and_regions_hold_their_parts(case: Case, devices: int) -> None
 
 @given(case=CASES, devices=st.integers(1, 5_000_000))
 def test_more_devices_never_need_less(case: Case, devices: int) -> None:
-    few, many = scaling.plan(case, devices), scaling.plan(case, 2 * devices)
+    few, many = plans.plan(case, devices), plans.plan(case, 2 * devices)
     for name in ("streams", "nodes", "clusters", "regions", "usd_per_day", "peak_usd_per_day"):
         assert getattr(many, name) >= getattr(few, name) * (1 - 1e-9), name
     assert many.rows_per_s == pytest.approx(2 * few.rows_per_s)
@@ -160,16 +160,16 @@ def test_more_devices_never_need_less(case: Case, devices: int) -> None:
 
 @given(case=CASES, devices=DEVICES)
 def test_following_the_load_costs_no_more(case: Case, devices: int) -> None:
-    found = scaling.plan(case, devices)
+    found = plans.plan(case, devices)
     assert 0 < found.usd_per_day <= found.peak_usd_per_day * (1 + 1e-9)
     flat = dataclasses.replace(case, behaviour=dataclasses.replace(case.behaviour, peak=1.0))
-    even = scaling.plan(flat, devices)
+    even = plans.plan(flat, devices)
     assert even.usd_per_day == pytest.approx(even.peak_usd_per_day)
 
 
 @given(peak=positive(1, 2))
 def test_a_day_has_its_mean_and_its_peak(peak: float) -> None:
-    hours = scaling.day(peak)
+    hours = plans.day(peak)
     assert len(hours) == 24
     assert sum(hours) / 24 == pytest.approx(1)
     assert max(hours) == pytest.approx(peak) and min(hours) >= 0
@@ -177,13 +177,13 @@ def test_a_day_has_its_mean_and_its_peak(peak: float) -> None:
 
 @given(gigabytes=positive(0, 1e6), more=positive(0, 1e6))
 def test_egress_gets_cheaper_by_the_byte_and_dearer_in_all(gigabytes: float, more: float) -> None:
-    price = scaling.egress_usd(gigabytes, TIERS)
+    price = plans.egress_usd(gigabytes, TIERS)
     assert 0.05 * gigabytes <= price * (1 + 1e-9) and price <= 0.09 * gigabytes * (1 + 1e-9)
-    assert scaling.egress_usd(gigabytes + more, TIERS) >= price * (1 - 1e-9)
+    assert plans.egress_usd(gigabytes + more, TIERS) >= price * (1 - 1e-9)
 
 
 def test_egress_by_hand() -> None:
-    assert scaling.egress_usd(60, TIERS) == pytest.approx(10 * 0.09 + 40 * 0.08 + 10 * 0.05)
+    assert plans.egress_usd(60, TIERS) == pytest.approx(10 * 0.09 + 40 * 0.08 + 10 * 0.05)
 
 
 # ------------------------------------------------------------------ measured figures
@@ -193,20 +193,20 @@ def test_egress_by_hand() -> None:
 def test_interpolation(x: float) -> None:
     points = [(1.0, 2.0), (33.0, 10.0), (256.0, 40.0)]
     for at, value in points:
-        assert scaling.interpolated(at, points) == pytest.approx(value)
-    assert scaling.interpolated(x + 1, points) >= scaling.interpolated(x, points)
+        assert known.interpolated(at, points) == pytest.approx(value)
+    assert known.interpolated(x + 1, points) >= known.interpolated(x, points)
 
 
 def test_a_message_costs_what_was_measured() -> None:
-    rows = scaling.result("field")["rows"]
+    rows = known.result("field")["rows"]
     (measured,) = (
         row["server CPU us"]
         for row in rows
         if row["path"] == "ours, stream" and row["connections"] == "4,096"
     )
-    assert scaling.message_cpu(33) == pytest.approx(1e-6 * measured)
-    assert scaling.message_cpu(512) > scaling.message_cpu(256)
-    door, loop = scaling.shares()
+    assert known.message_cpu(33) == pytest.approx(1e-6 * measured)
+    assert known.message_cpu(512) > known.message_cpu(256)
+    door, loop = known.shares()
     assert 0 < door < loop < 1 and door + loop < 1
 
 
@@ -223,13 +223,13 @@ def test_the_standard_cases_hold_together(standard: Standard) -> None:
     # What `modes` counted on the wire for the same bundle, per message.
     (uplink,) = (
         int(row["uplink"].removesuffix(" bytes").replace(",", ""))
-        for row in scaling.result("modes")["rows"]
+        for row in known.result("modes")["rows"]
         if row["bundle"] == small.name and row["mode"] == "mix"
     )
     assert small.up_bytes * small.rounds == pytest.approx(uplink, rel=0.02)
     for case in cases:
-        assert case.node.connections < scaling.maxconn()
-        assert all(value > 0 for value in scaling.gives(case.node).values())
+        assert case.node.connections < known.maxconn()
+        assert all(value > 0 for value in plans.gives(case.node).values())
     # A GPU that is assumed ten times as fast as all cores, and no more than its share of the peak.
     for entry, case in zip(settings["cases"], cases, strict=True):
         if entry["engine"] == "gpu":
@@ -239,7 +239,7 @@ def test_the_standard_cases_hold_together(standard: Standard) -> None:
 
 
 def test_every_figure_says_where_it_is_from() -> None:
-    settings = scaling.read_settings()
+    settings = known.read_settings()
     assert all(entry["source"] for entry in settings["documented"].values())
     assert all(entry["why"] for entry in settings["assumed"].values())
     assert settings["prices"]["source"] and settings["prices"]["date"]
@@ -248,7 +248,7 @@ def test_every_figure_says_where_it_is_from() -> None:
 
 
 def test_a_profile_of_ones_own() -> None:
-    settings = scaling.read_settings()
+    settings = known.read_settings()
     slow = Profile(
         schema_version=1,
         name="slow",
@@ -256,7 +256,7 @@ def test_a_profile_of_ones_own() -> None:
         blocks=(BlockProfile(a_s=0.01, b_s=0.001),),
     )
     entry = settings["cases"][0]
-    case = scaling.build_case(settings, entry, profile=slow, per_day=10, peak=1.5)
+    case = known.build_case(settings, entry, profile=slow, per_day=10, peak=1.5)
     assert case.node.rows_per_s < 1 / 0.001
     assert (case.behaviour.per_day, case.behaviour.peak) == (10, 1.5)
 
