@@ -43,6 +43,11 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
             ("runs_limited_by_the_clients", "<=", 0.0),
         ],
     ),
+    "capacity": (
+        "Does the search for a cloud's capacity find what is known of an emulated engine, with the "
+        "nominal time of a batch and with the measured one?",
+        [("worst_relative_error", "<=", 0.03), ("worst_relative_error_calibrated", "<=", 0.03)],
+    ),
     "fuzz": (
         "Does a replica survive 200,000 mutated messages, and serve good clients meanwhile as if "
         "nothing were?",
@@ -154,6 +159,10 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
     "scale_out": (
         "Does a cloud of n replicas carry n times what one carries, and what is the limit if not?",
         [("slow_least_share_of_linear", ">=", 0.9)],
+    ),
+    "scale_out_fast": (
+        "The same with an engine so fast that two replicas need both cores: where does it end?",
+        [("fast_least_share_of_linear", ">=", 0.9)],
     ),
     "saturation": (
         "How much of the engine's bare speed is served, clients on the same two cores?",
