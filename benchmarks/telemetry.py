@@ -1,9 +1,8 @@
 """What do metrics and traces cost a message, a scrape a node, and is a shown utilisation true?
 
-- One Ray with four replicas of an idle backbone: without metrics, with, with one traced message in
-  100 besides, and with a thread's clock around all that records, which gives its share. Loaded at
-  once; each replica's CPU time is its own process's. What metrics cost while nothing comes is
-  measured beside that.
+- A replica of an idle backbone that in turns records nothing, records its metrics, and traces one
+  message in 100 besides, in one process under one load: its CPU time per message, each turn against
+  its neighbours. What metrics cost while nothing comes is measured beside that, on two replicas.
 - A node with eight emulated replicas: how long its agent takes to answer a scrape, and how many
   series come, all of them and those that the shipped configurations keep.
 - An emulated engine at three loads: the rate of datamix_engine_busy_seconds_total between two
@@ -14,13 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
 import re
 import statistics
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import clusters, load, report
+from benchmarks.telemetry_app import SETTLING_S, TURN_S, TURNS
 from datamix import wire
 from edge.fleet.config import FleetConfig
 from edge.fleet.run import simulate
@@ -101,50 +102,37 @@ def sink() -> Iterator[str]:
         thread.join()
 
 
-def data_plane(
-    streams: int, rounds: int, seconds: float
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def data_plane(streams: int, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """CPU time of a message, with metrics, without, and traced."""
     features = np.random.default_rng(1).standard_normal((ROWS, *SHAPE), np.float32)
     message = wire.encode_request(features, request_id="0" * 16)
     traced = wire.encode_request(features, request_id="0" * 16, traceparent=TRACE)
-    each: dict[str, list[float]] = {"off": [], "on": [], "traced": [], "timed": []}
-    shares, rates = [], []
+    round_s = len(TURNS) * (SETTLING_S + TURN_S)
     config: dict[str, Any] = {"engine": "null", "echo_shape": SHAPE}
+    # Spans leave soon, so that they are paid for in the turn that made them.
+    os.environ["OTEL_BSP_SCHEDULE_DELAY"] = "500"
     with sink() as collector:
-        configs: dict[str, dict[str, Any]] = dict.fromkeys(each, config)
-        configs["traced"] = {**config, "trace_endpoint": collector, "traces_per_s": 1e6}
-        with (
-            clusters.start("metered", configs=configs) as url,
-            ThreadPoolExecutor(len(each)) as pool,
-        ):
-
-            def work(arm: str) -> load.Load:
-                return load.run(
-                    "stream",
-                    f"ws{url.removeprefix('http')}/{arm}/v2/models/echo/stream",
-                    message,
-                    connections=streams,
-                    run_s=seconds,
-                    hundredth=traced if arm == "traced" else b"",
-                )
-
-            for number in range(rounds):
-                # All at once, so that they find the same machine.
-                before = {arm: stats(f"{url}/{arm}") for arm in each}
-                runs = list(pool.map(work, each))
-                after = {arm: stats(f"{url}/{arm}") for arm in each}
-                for arm, values in each.items():
-                    spent_s = after[arm]["cpu_s"] - before[arm]["cpu_s"]
-                    answered = after[arm]["requests"]["ok"] - before[arm]["requests"].get("ok", 0)
-                    values.append(spent_s / answered * 1e6)
-                    if arm == "timed":
-                        clocked_s = after[arm]["telemetry_cpu_s"] - before[arm]["telemetry_cpu_s"]
-                        shares.append(clocked_s / spent_s)
-                rates.append(sum(run.rate for run in runs))
-                latest = ", ".join(f"{arm} {values[-1]:.1f}" for arm, values in each.items())
-                print(f"round {number + 1}: {latest} us", flush=True)
+        configs = {
+            "off": config,
+            "on": config,
+            "turns": {**config, "trace_endpoint": collector, "traces_per_s": 1e6},
+        }
+        with clusters.start("metered", configs=configs) as url:
+            begun = len(stats(f"{url}/turns")["turns"])
+            run = load.run(
+                "stream",
+                f"ws{url.removeprefix('http')}/turns/v2/models/echo/stream",
+                message,
+                connections=streams,
+                run_s=(rounds + 1) * round_s,
+                hundredth=traced,
+            )
+            turns = stats(f"{url}/turns")["turns"][begun + 1 :]
             idle = _idle(url, 30.0)
+    # Whole rounds from the first turn that was under load from its beginning on.
+    each: dict[str, list[float]] = {arm: [] for arm in TURNS}
+    for arm, cpu_s, answers in turns[: len(TURNS) * rounds]:
+        each[arm].append(cpu_s / answers * 1e6)
     medians = {arm: statistics.median(values) for arm, values in each.items()}
     rows = [
         {
@@ -169,16 +157,20 @@ def data_plane(
         for arm, words in (("off", "no metrics"), ("on", "metrics"))
     ]
 
-    def over(arm: str, base: str) -> float:
-        """Within a round, so that the machine's moods cancel out."""
-        return statistics.median(a / b - 1 for a, b in zip(each[arm], each[base], strict=True))
+    def over(arm: str, base: str) -> tuple[float, float]:
+        """Between neighbours, so that the machine's moods cancel out; and the standard error."""
+        ratios = [a / b - 1 for a, b in zip(each[arm], each[base], strict=True)]
+        return statistics.median(ratios), 1.25 * statistics.stdev(ratios) / math.sqrt(len(ratios))
 
+    metrics, metrics_error = over("on", "off")
+    both, both_error = over("traced", "off")
     return rows, {
-        "recording_share_of_cpu": statistics.median(shares),
-        "metrics_on_over_off": over("on", "off"),
-        "metrics_and_traces_over_off": over("traced", "off"),
+        "metrics_on_over_off": metrics,
+        "metrics_on_over_off_standard_error": metrics_error,
+        "metrics_and_traces_over_off": both,
+        "metrics_and_traces_over_off_standard_error": both_error,
         "idle_metrics_ms_per_s": (idle["on"] - idle["off"]) * 1e3,
-        "messages_per_s": statistics.median(rates),
+        "messages_per_s": run.rate,
     }
 
 
@@ -298,27 +290,24 @@ def utilisation(seconds: float) -> tuple[list[dict[str, Any]], dict[str, float]]
 def main() -> None:
     """Run and report."""
     parser = report.parser(__doc__)
-    parser.add_argument("--streams", type=int, default=16, help="per replica")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument(
-        "--seconds", type=float, default=5.0, help="of each round of the data plane"
-    )
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=15, help="of 16.5 s, of the data plane")
     parser.add_argument("--replicas", type=int, default=8)
     parser.add_argument("--scrapes", type=int, default=21)
     parser.add_argument("--window", type=float, default=100.0, help="of a utilisation, in seconds")
     options = parser.parse_args()
     parts = [
-        data_plane(options.streams, options.rounds, options.seconds),
+        data_plane(options.streams, options.rounds),
         node(options.replicas, options.scrapes),
         utilisation(options.window),
     ]
     report.show(
-        f"{options.streams} streams to each of four null engines; {options.replicas} emulated "
+        f"{options.streams} streams to a null engine; {options.replicas} emulated "
         "replicas; one emulated engine",
         [row for rows, _ in parts for row in rows],
         [
-            "recording_share_of_cpu: CPU time of the calls that record, over the replica's; the "
-            "threads of Ray that send to the agent are in metrics_on_over_off and in the idle rows",
+            "over off: medians of neighbours in time within one process, which leaves out what "
+            "Ray's threads send by the clock: that is the difference of the idle rows",
             "series kept: without those that the shipped configurations of Prometheus drop",
             "utilisation: lowest and highest are the engine's own clock over the same window",
         ],

@@ -1,11 +1,12 @@
-"""The product's replica, which knows what its metrics cost it and how long its engine worked.
+"""The product's replica, which knows what telemetry costs it and how long its engine worked.
 
-In arm ``off`` nothing is recorded: what is left is the replica without metrics. In arm ``timed`` a
-clock runs around all that records, which itself costs two calls of the system each time.
+A replica ``off`` records nothing, one that is ``on`` is the product. One that takes ``turns`` does
+each in turn, in one process, as two processes of the same code differ by some percent for good.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -15,8 +16,11 @@ from deployments.config import Config
 from deployments.emulated import EmulatedEngine
 from deployments.engine import Array, Pending, Rows
 from deployments.metrics import ModelRecorder, RayBackend, TrafficRecorder
+from deployments.tracing import Tracing
 
-Arm = Literal["off", "on", "timed"]
+Arm = Literal["off", "on", "turns"]
+TURNS = ("off", "on", "traced")
+SETTLING_S, TURN_S = 1.5, 4.0  # what the turn before left to be exported; what is measured
 _RECORDING = (
     *((ModelRecorder, name) for name in ("batch", "publish")),
     (RayBackend, "flush"),
@@ -25,31 +29,51 @@ _RECORDING = (
 
 
 class Metered(Backbone):
-    """A replica; its statistics have ``telemetry_cpu_s`` and ``engine_worked_s`` besides."""
+    """A replica; its statistics have ``turns`` and ``engine_worked_s`` besides."""
 
     def __init__(self, config: Config, arm: Arm) -> None:
-        self.telemetry_cpu_s = 0.0
         self.engine_worked_s = 0.0
-        for owner, name in _RECORDING if arm != "on" else ():
-            method = self._timed(getattr(owner, name)) if arm == "timed" else _nothing
-            setattr(owner, name, method)
+        self.turn = "on" if arm == "on" else "off"
+        self.turns: list[tuple[str, float, int]] = []
+        for owner, name in _RECORDING:
+            setattr(owner, name, self._unless_off(getattr(owner, name)))
+        follow = Tracing.follow
+
+        def followed(*arguments: Any) -> Any:
+            return follow(*arguments) if self.turn == "traced" else None
+
+        Tracing.follow = followed  # type: ignore[method-assign,assignment]
         self._watch_engine()
         super().__init__(config)
+        if arm == "turns":
+            threading.Thread(target=self._take_turns, daemon=True).start()
 
     def stats(self) -> dict[str, Any]:
+        """The replica's, and each turn so far: its name, CPU seconds and answers."""
         return {
             **super().stats(),
-            "telemetry_cpu_s": self.telemetry_cpu_s,
+            "turns": self.turns,
             "engine_worked_s": self.engine_worked_s,
         }
 
-    def _timed(self, method: Callable[..., None]) -> Callable[..., None]:
-        def timed(*arguments: Any, **keywords: Any) -> None:
-            began = time.thread_time()
-            method(*arguments, **keywords)
-            self.telemetry_cpu_s += time.thread_time() - began
+    def _unless_off(self, method: Callable[..., None]) -> Callable[..., None]:
+        def recording(*arguments: Any, **keywords: Any) -> None:
+            if self.turn != "off":
+                method(*arguments, **keywords)
 
-        return timed
+        return recording
+
+    def _take_turns(self) -> None:
+        while True:
+            for self.turn in TURNS:
+                time.sleep(SETTLING_S)
+                cpu_s, answers = time.process_time(), self._answers()
+                time.sleep(TURN_S)
+                cpu_s, answers = time.process_time() - cpu_s, self._answers() - answers
+                self.turns.append((self.turn, cpu_s, answers))
+
+    def _answers(self) -> int:
+        return sum(model.outcomes["ok"] for model in self.catalog)
 
     def _watch_engine(self) -> None:
         """By a clock around the engine itself, which does one batch at a time."""
@@ -78,10 +102,6 @@ class _Watched:
         return outputs
 
 
-def _nothing(*arguments: Any, **keywords: Any) -> None:
-    """What is left of recording without metrics."""
-
-
 def deploy(configs: dict[str, Config], port: int, replicas: int) -> None:
     """Deploy each configuration at ``/NAME``; in the arm of that name, else ``on``."""
     from ray import serve
@@ -95,6 +115,6 @@ def deploy(configs: dict[str, Config], port: int, replicas: int) -> None:
             num_replicas=replicas,
             ray_actor_options={"num_cpus": 0},
         )
-        arm: Arm = "off" if name == "off" else "timed" if name == "timed" else "on"
+        arm: Arm = "off" if name == "off" else "turns" if name == "turns" else "on"
         bound = deployment(serve.ingress()(Metered)).bind(config, arm)
         serve.run(bound, name=name, route_prefix=f"/{name}")
