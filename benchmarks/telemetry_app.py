@@ -20,7 +20,7 @@ from deployments.tracing import Tracing
 
 Arm = Literal["off", "on", "turns"]
 TURNS = ("off", "on", "traced")
-SETTLING_S, TURN_S = 1.5, 4.0  # what the turn before left to be exported; what is measured
+SETTLING_S, TURN_S = 2.5, 8.0  # what the turn before left to be exported; what is measured
 _RECORDING = (
     *((ModelRecorder, name) for name in ("batch", "publish")),
     (RayBackend, "flush"),
