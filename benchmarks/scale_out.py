@@ -29,7 +29,7 @@ SHAPE, ROWS = (64, 8, 8), 4
 BATCH_ROWS = 64
 # A batch in the engine, one behind it, and one more for streams that do not spread evenly.
 DEVICES_EACH = 3 * BATCH_ROWS // ROWS
-SATURATED = 0.9  # beyond this, more replicas share the same cores
+SATURATED = 0.95
 
 
 @dataclass(frozen=True, slots=True)
