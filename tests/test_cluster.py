@@ -312,7 +312,7 @@ def test_ctrl_c_while_ray_starts_leaves_no_process() -> None:
     assert gone(mark, 5) == []
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(240)
 def test_a_new_replica_gets_its_share_of_the_streams(
     device: TorchDevice, images: npt.NDArray[np.uint8], local: Floats
 ) -> None:
@@ -332,7 +332,7 @@ def test_a_new_replica_gets_its_share_of_the_streams(
         return found
 
     def until(url: str, condition: Any) -> dict[str, int]:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 60
         while not condition(streams := open_streams(url)):
             assert time.monotonic() < deadline, streams
             time.sleep(0.5)
