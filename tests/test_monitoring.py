@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ import pytest
 import yaml
 
 from cluster.monitoring import helm
-from cluster.monitoring.run import FOLDER, Options, configuration, find_prometheus
+from cluster.monitoring.run import (
+    FOLDER,
+    Options,
+    _following,
+    configuration,
+    find_prometheus,
+)
 from datamix.errors import ConfigError
 from deployments.metrics import TABLE
 from tests.served import ROOT
@@ -164,6 +171,27 @@ def test_what_compose_mounts_is_there_and_is_where_it_is_looked_for() -> None:
     variable = source["url"].strip("${}")
     assert given[variable] == f"http://{arguments['web.listen-address']}"
     assert given["GF_SERVER_HTTP_ADDR"] == "127.0.0.1", "open to others"
+
+
+def test_nodes_stay_known_while_ray_names_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.monitoring.run._REFRESH_S", 0.001)
+    path, seen, ended = tmp_path / "nodes.json", [], threading.Event()
+    answers = iter([["a:1"], [], [], ["b:2"]])
+
+    def targets() -> list[str]:
+        seen.append(path.read_text() if path.exists() else "")
+        try:
+            return next(answers)
+        except StopIteration:
+            ended.set()
+            return []
+
+    with _following(targets, path):
+        assert ended.wait(30)
+    a, b = '[{"targets": ["a:1"]}]', '[{"targets": ["b:2"]}]'
+    assert seen[:5] == ["", a, a, a, b] and path.read_text() == b
 
 
 def test_ours_is_the_same_with_targets_of_its_own(tmp_path: Path) -> None:
