@@ -131,6 +131,10 @@ QUESTIONS: dict[str, tuple[str, list[tuple[str, str, float]]]] = {
             ("utilisation_off_points", "<=", 2.0),
         ],
     ),
+    "span_cost": (
+        "What does a traced message cost a replica's event loop, and what the export of its spans?",
+        [("loop_ours_over_tracer", "<=", 0.5)],
+    ),
     "recording": (
         "What does the record of a run cost its generator, and what does reading it back take?",
         [("longest_look_ms", "<=", 10.0)],

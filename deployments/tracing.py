@@ -38,7 +38,7 @@ class Spans:
     """Makes ended spans and has them exported.
 
     OpenTelemetry's own tracer makes spans that can be told of things until they end, with a lock
-    and a check each time. Here all is known at the end, and one made then takes a fifth of a
+    and a check each time. Here all is known at the end, and one made then takes a fraction of a
     tracer's time on the event loop (docs/decisions/0015).
     """
 
@@ -101,7 +101,7 @@ class Followed:
     """A traced request; called with its outcome in place of whom it answers."""
 
     __slots__ = (
-        *("_done", "_parent", "_spans", "_tracing", "arrived_ns", "block", "context", "model"),
+        *("_done", "_parent", "_tracing", "arrived_ns", "block", "context", "model"),
         *("request_id", "rows"),
     )
 
@@ -115,10 +115,9 @@ class Followed:
     ) -> None:
         """Pass on what becomes of a request that has just arrived, and tell its span then."""
         self._tracing = tracing
-        self._spans = tracing.spans
         self._parent = parent
         self._done = done
-        self.context = self._spans.below(parent)
+        self.context = tracing.spans.below(parent)
         self.model = model
         self.block = request.block
         self.rows = request.rows
@@ -159,7 +158,7 @@ class Followed:
             "rows": self.rows,
             **outcome,
         }
-        self._spans.tell(
+        self._tracing.spans.tell(
             *("request", self.context, self._parent, attributes, self.arrived_ns, end_ns),
             links=links,
             error=error,
