@@ -292,7 +292,7 @@ def main() -> None:
     """Run and report."""
     parser = report.parser(__doc__)
     parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=10, help="of 31.5 s, of the data plane")
+    parser.add_argument("--rounds", type=int, default=10, help="of turns, half a minute each")
     parser.add_argument("--replicas", type=int, default=8)
     parser.add_argument("--scrapes", type=int, default=21)
     parser.add_argument("--window", type=float, default=100.0, help="of a utilisation, in seconds")
