@@ -1,10 +1,13 @@
 """What does a device install without torch, how large is it, how fast does it start, is it right?
 
-In a clean virtual environment: the wheel of this checkout with its extra `device`, and nothing
-else. Measured there: bytes by distribution (pip is not among them), the time of a fresh process for
-`import edge.client, edge.onnx_device`, and one real inference through a replica that runs here, its
-outputs compared with those of torch. Then `python -m edge.slim` removes what a device never loads,
-and all of it is measured again. Beside them: stem and head on both runtimes, in this process.
+In a clean virtual environment: the wheel of this checkout with its extra `device`, installed with
+`--no-compile`, and nothing else. Measured there: one real inference through a replica that runs
+here, its outputs compared with those of torch; then bytes by distribution (pip is not among them;
+the bytecode that Python has written by then is), and the time of a fresh process for
+`import edge.client, edge.onnx_device`. Then `python -m edge.slim` removes what a device never
+loads, and all of it is measured again. Beside them: the same installation with the bytecode of
+everything, which pip writes without that option; the mode split's extra; stem and head on both
+runtimes, in this process.
 """
 
 from __future__ import annotations
@@ -44,11 +47,13 @@ from edge.session import Device
 ROOT = Path(__file__).parents[1]
 TARGET_BYTES, TARGET_S = 150_000_000, 1.0
 IMPORT = "import edge.client, edge.onnx_device"
+NOISE = "from datamix import noise; noise.gaussians(bytes(32), (2,))"
 EXACT = ClientConfig(wire_dtype="float32")
 
 Floats = npt.NDArray[np.float32]
 
-# Run by the device's Python. Each distribution lists what it installed, its bytecode included.
+# Run by the device's Python. Each distribution lists what it installed, with bytecode if pip wrote
+# it; what Python wrote is listed by none.
 _SIZES = """
 import json, os, site, sys
 from importlib.metadata import distributions
@@ -66,7 +71,8 @@ for root, _, files in os.walk(folder):
     for file in files:
         path = os.path.join(root, file)
         if path not in counted:
-            found["listed by none"] = found.get("listed by none", 0) + os.path.getsize(path)
+            name = "bytecode" if path.endswith(".pyc") else "listed by none"
+            found[name] = found.get(name, 0) + os.path.getsize(path)
 present = [m for m in ("torch", "ray", "onnx", "pyarrow", "typer", "pip") if find_spec(m)]
 json.dump({"sizes": found, "present": present}, sys.stdout)
 """
@@ -93,18 +99,26 @@ sys.exit(bool({"torch", "ray"} & set(sys.modules)))
 
 
 class Environment:
-    """A virtual environment with the extra `device` of this checkout and nothing else."""
+    """A virtual environment with an extra of this checkout and nothing else."""
 
-    def __init__(self, folder: Path) -> None:
-        """Build the wheel and install it, with the releases of constraints.txt."""
+    def __init__(self, folder: Path, extras: str = "device", *, bytecode: bool = False) -> None:
+        """Build the wheel and install it, with the releases of constraints.txt.
+
+        Args:
+            folder: for all of it.
+            extras: of our distribution.
+            bytecode: have pip compile everything, and not Python what it imports.
+        """
+        folder.mkdir(exist_ok=True)
         self.python = folder / "venv/bin/python"
         run = [sys.executable, "-m"]
         _run([*run, "venv", "--without-pip", folder / "venv"])
         pip = [*run, "pip", "--disable-pip-version-check", "--no-input", "--quiet"]
         _run([*pip, "wheel", "--no-deps", "--wheel-dir", folder, ROOT])
         (wheel,) = folder.glob("datamix_cluster-*.whl")
-        constraints = ["--constraint", ROOT / "constraints.txt"]
-        _run([*pip, "--python", self.python, "install", *constraints, f"{wheel}[device]"])
+        options = ["--constraint", ROOT / "constraints.txt"]
+        options += ["--compile" if bytecode else "--no-compile"]
+        _run([*pip, "--python", self.python, "install", *options, f"{wheel}[{extras}]"])
 
     def run(self, *arguments: Any) -> str:
         """Run the device's Python away from this checkout; its standard output."""
@@ -238,17 +252,26 @@ def main() -> None:
                 "import_s": environment.import_s(options.rounds),
                 "error": error(outputs, expected),
             }
+        compiled = Environment(folder / "bytecode", bytecode=True)
+        split = Environment(folder / "split", "device,split")
+        split.run("-c", NOISE)
+        split.infer(url, folder / "device", images, folder)
+        others_mb: dict[str, Any] = {
+            "bytecode_mb": sum(compiled.sizes().values()) / 1e6,
+            "split_mb": sum(split.sizes().values()) / 1e6,
+        }
         parts = environment.import_parts_s(options.rounds)
         devices = {
             "torch": torch_device,
             "onnx": open_device(folder / "device", runtime="onnx"),
         }
         times = stem_and_head_s(devices, 200)
-    _report(states, parts, times, options.json)
+    _report(states, others_mb, parts, times, options.json)
 
 
 def _report(
     states: dict[str, dict[str, Any]],
+    others_mb: dict[str, Any],
     parts: dict[str, float],
     times: dict[str, dict[str, float]],
     path: Path | None,
@@ -275,7 +298,9 @@ def _report(
     ]
     notes = [
         f"targets: under {TARGET_BYTES / 1e6:g} MB and {TARGET_S:g} s; 1 MB is 10^6 bytes",
-        "plain: what pip installs; slim: after `python -m edge.slim`, which runs an inference",
+        "plain: what `pip install --no-compile` installs, and the bytecode of what Python imported;"
+        " slim: after `python -m edge.slim`, which runs an inference",
+        "bytecode_mb: without `--no-compile`; split_mb: with the extra `split` beside `device`",
         "imports one after the other, ms: "
         + ", ".join(f"{part} {spent_s * 1e3:.0f}" for part, spent_s in parts.items()),
         *(
@@ -296,6 +321,7 @@ def _report(
         path,
         plain_mb=totals["plain"] / 1e6,
         slim_mb=totals["slim"] / 1e6,
+        **others_mb,
         import_s=plain["import_s"],
         import_slim_s=slim["import_s"],
         largest_error_plain=plain["error"],

@@ -79,6 +79,7 @@ add_training(app)
 
 # What pyproject.toml's extras bring that a command may miss.
 _EXTRAS = {
+    "cryptography": "split",
     "matplotlib": "report",
     "onnx": "torch",
     "pyarrow": "torch",

@@ -7,7 +7,6 @@ TorchDevice   on torch, from the bundle's own weights                      (edge
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from datamix.bundle import Manifest, read_manifest
 from datamix.errors import ConfigError
+from edge.installed import installed, require
 from edge.preprocess import preprocessor
 from edge.session import Device
 
@@ -107,11 +107,11 @@ def open_device(bundle: str | Path, *, runtime: Runtime = "auto", threads: int =
     if runtime == "auto":
         runtime = _choose(bundle)
     if runtime == "onnx":
-        _require("onnxruntime", "device")
+        require("onnxruntime", "device")
         from edge.onnx_device import OnnxDevice
 
         return OnnxDevice(bundle, threads)
-    _require("torch", "torch")
+    require("torch", "torch")
     from edge.runtime import TorchDevice  # torch is only paid for where it is used
 
     return TorchDevice(bundle, threads)
@@ -119,9 +119,9 @@ def open_device(bundle: str | Path, *, runtime: Runtime = "auto", threads: int =
 
 def _choose(bundle: str | Path) -> Literal["onnx", "torch"]:
     exported = read_manifest(bundle).has_onnx
-    if exported and _installed("onnxruntime"):
+    if exported and installed("onnxruntime"):
         return "onnx"
-    if _installed("torch"):
+    if installed("torch"):
         return "torch"
     if exported:
         raise ConfigError(
@@ -132,14 +132,3 @@ def _choose(bundle: str | Path) -> Literal["onnx", "torch"]:
         f"bundle {str(bundle)!r} has no ONNX files and torch is not installed, expected one of "
         "them: write the files with `datamix export`, or install datamix-cluster[torch]"
     )
-
-
-def _require(module: str, extra: str) -> None:
-    if not _installed(module):
-        raise ConfigError(
-            f"{module} is not installed, expected it: install datamix-cluster[{extra}]"
-        )
-
-
-def _installed(module: str) -> bool:
-    return find_spec(module) is not None

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from datamix.errors import ConfigError
 from datamix.noise import SEED_BYTES, expand, from_rows
+from edge.installed import require
 from edge.mixing import wipe
 
 if TYPE_CHECKING:
@@ -125,8 +126,9 @@ class MaskPool:
             depth: groups to keep masks ready for.
 
         Raises:
-            ConfigError: ``depth`` is below 1.
+            ConfigError: ``depth`` is below 1, or what makes noise from seeds is not installed.
         """
+        require("cryptography", "split")
         if depth < 1:
             raise ConfigError(f"depth of the mask pool is {depth}, expected at least 1")
         self._fetch = fetch

@@ -15,6 +15,7 @@ import pytest
 from datamix import wire
 from datamix.errors import AnswerError, BudgetSpent, ConfigError, Unavailable
 from datamix.noise import expand_rows
+from edge import installed
 from edge import masks as masks_module
 from edge.cache import AnswerCache
 from edge.client import Client, ClientConfig
@@ -282,6 +283,13 @@ def test_a_pool_of_nothing_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="depth"):
         MaskPool(never, make_manifest().blocks, GROUP, 0)
+
+
+def test_the_mode_split_says_which_package_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "installed", lambda module: module != "cryptography")
+    with pytest.raises(ConfigError, match=r"cryptography is not .*datamix-cluster\[split\]"):
+        client(Operator(), Operator())
+    Client(Operator().transport, device())  # other modes do without
 
 
 @asynchronous

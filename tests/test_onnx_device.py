@@ -22,6 +22,7 @@ from datamix import wire
 from datamix.bundle import load_backbone
 from datamix.errors import BundleError, ConfigError, DataMixError
 from edge import device as device_module
+from edge import installed as installed_module
 from edge.client import Client, ClientConfig
 from edge.device import open_device
 from edge.export import export
@@ -119,7 +120,8 @@ def test_odd_calls_are_refused(pristine: Path) -> None:
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
-    monkeypatch.setattr(device_module, "_installed", lambda module: module not in missing)
+    for place in (device_module, installed_module):
+        monkeypatch.setattr(place, "installed", lambda module: module not in missing)
 
 
 def test_auto_takes_onnx_where_it_can(
