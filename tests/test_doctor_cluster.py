@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster import cli, doctor, doctor_cluster, doctor_facts, doctor_node
+from cluster import cli, doctor, doctor_checks, doctor_cluster, doctor_facts, doctor_node
 from cluster.doctor import Check
 from cluster.doctor_facts import Facts
 from datamix.errors import ConfigError, Unavailable
@@ -304,7 +304,7 @@ def test_a_clock_is_not_blamed_for_what_was_not_measured() -> None:
 
 
 def test_long_lists_are_cut() -> None:
-    assert doctor_cluster.named("abcde") == "a, b, c and 2 more"
+    assert doctor_checks.named("abcde") == "a, b, c and 2 more"
 
 
 def test_the_documentation_shows_this_table() -> None:
