@@ -19,13 +19,13 @@ import hmac
 import json
 import os
 import sqlite3
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from datamix.errors import ConfigError
+from edge.closing import Closing
 from edge.database import Database, Layout
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ LAYOUT: Final = Layout(
 )
 
 
-class AnswerCache:
+class AnswerCache(Closing):
     """The answers of one bundle in one mode; the file may hold those of others beside them."""
 
     def __init__(
@@ -91,19 +91,6 @@ class AnswerCache:
             [spec and spec.model_dump() for spec in (manifest.split, manifest.bounded)],
         ]
         self._database = Database(path, LAYOUT)
-
-    def __enter__(self) -> Self:
-        """Use as ``with AnswerCache(...) as cache``."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close on the way out."""
-        self.close()
 
     def close(self) -> None:
         """Let go of the file; a second call does nothing."""

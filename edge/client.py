@@ -26,6 +26,7 @@ import numpy.typing as npt
 from datamix import wire
 from datamix.errors import ConfigError
 from edge.access import Access
+from edge.closing import Closing
 from edge.masks import MaskPool
 from edge.mixing import decoys, random_order
 from edge.modes import mode_of, wire_dtype
@@ -392,7 +393,7 @@ def _connect(url: str, model: str, access: Access, transport: str) -> Transport:
     raise ConfigError(f"transport is {transport!r}, expected 'stream' or 'unary'")
 
 
-class SyncClient:
+class SyncClient(Closing):
     """:class:`Client` for code without an event loop; it keeps one in a thread of its own."""
 
     def __init__(self, url: str | Transport, bundle: Any, **options: Any) -> None:
@@ -407,19 +408,6 @@ class SyncClient:
         except BaseException:
             self._stop()
             raise
-
-    def __enter__(self) -> Self:
-        """Use as ``with SyncClient(...) as client``."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close on the way out."""
-        self.close()
 
     def infer(self, inputs: Array) -> Floats:
         """See :meth:`Client.infer`. Any thread may call it.

@@ -28,10 +28,10 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from datamix.errors import BudgetSpent, ConfigError
+from edge.closing import Closing
 from edge.database import Database, Layout
 
 MAX_NAME_CHARACTERS = 200
@@ -122,7 +122,7 @@ class Row:
     share: float | None
 
 
-class Ledger:
+class Ledger(Closing):
     """The ledger in one file, which several processes may charge at once."""
 
     def __init__(
@@ -154,19 +154,6 @@ class Ledger:
         self.warn_at = warn_at
         self._clock = clock
         self._database = Database(path, LAYOUT)
-
-    def __enter__(self) -> Self:
-        """Use as ``with Ledger(...) as ledger``."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close on the way out."""
-        self.close()
 
     def close(self) -> None:
         """Let go of the file; a second call does nothing."""

@@ -15,14 +15,14 @@ import tempfile
 from collections.abc import Iterable
 from multiprocessing import reduction
 from multiprocessing.context import get_spawning_popen
-from types import TracebackType
 from typing import Any
 
 from datamix.errors import ConfigError
 from datamix.framing import Buffer
+from edge.closing import Closing
 
 
-class SharedBytes:
+class SharedBytes(Closing):
     """Bytes that are written once, and read by this process and those spawned with it.
 
     Pickles while a process is being spawned, as the one copy; not otherwise.
@@ -73,19 +73,6 @@ class SharedBytes:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    def __enter__(self) -> SharedBytes:
-        """Leave it to a ``with`` block."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """See :meth:`close`."""
-        self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to a process that is being spawned, as a descriptor.

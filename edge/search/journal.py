@@ -12,10 +12,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from datamix.errors import ConfigError
+from edge.closing import Closing
 from edge.search.space import Candidate
 from edge.search.trial import Measured, Outcome, Trial
 
@@ -23,7 +23,7 @@ _MAX_BYTES = 64 << 20
 """Of a file that is read back; ten thousand trials are about 5 MB."""
 
 
-class Journal:
+class Journal(Closing):
     """The trials of one search; a context manager that holds the file for itself.
 
     Attributes:
@@ -49,18 +49,11 @@ class Journal:
             os.close(self._descriptor)
             raise
 
-    def __enter__(self) -> Journal:
-        """The journal itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the file, which lets go of it."""
-        os.close(self._descriptor)
+    def close(self) -> None:
+        """Close the file, which lets go of it; a second call does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def add(self, outcome: Outcome) -> None:
         """Keep a finished trial; one that failed is not kept, so the next run tries it again."""
