@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import numpy as np
 from datamix import wire
 from datamix.errors import AnswerError, DataMixError, TooLarge, WireError, from_status
 from edge.fleet import result
+from edge.fleet.book import Book
 from edge.fleet.config import FleetConfig
 from edge.fleet.counters import Counters, Progress, ShardResult
 from edge.fleet.device import FleetDevice, Flight, backoff_s
@@ -33,7 +33,7 @@ from edge.fleet.offline import Offline
 from edge.fleet.own_time import OwnTime
 from edge.fleet.pacing import Schedule
 from edge.fleet.profiles import assign
-from edge.fleet.settled import Settled, settled
+from edge.fleet.settled import Settled
 from edge.fleet.stages import Stages
 from edge.fleet.streams import Streams
 from edge.fleet.timers import TICK_S, Timers
@@ -71,29 +71,21 @@ class Shard:
     shards: int = 1
     clock: Callable[[], float] = time.monotonic
     offline: Offline | None = None
-    table: result.Table = field(init=False)
-    counters: Counters = field(init=False, default_factory=Counters)
+    counters: Counters = field(init=False)
     _devices: list[FleetDevice] = field(init=False)
-    _column: dict[str, Any] = field(init=False)
-    _answered: list[list[int]] = field(init=False)
+    _book: Book = field(init=False)
     _flights: dict[str, Flight] = field(init=False, default_factory=dict)
     _deadlines: deque[Flight] = field(init=False, default_factory=deque)
-    _latencies_s: list[float] = field(init=False, default_factory=list)
     _streams: Streams = field(init=False)
     _timers: Timers = field(init=False)
-    _nonce: str = field(init=False, default_factory=lambda: secrets.token_hex(4))
     _random: random.Random = field(init=False)
     _done: asyncio.Future[None] = field(init=False)
-    _start_s: float = field(init=False, default=float("inf"))
     _start_cpu_s: float = field(init=False, default=0.0)
-    _window_s: float = field(init=False)
     _busy_ratio: float = field(init=False, default=0.0)
     _next: int = field(init=False, default=0)
     _under_way: int = field(init=False, default=0)
     _granted: int = field(init=False, default=0)
-    _rows: int = field(init=False)
     _distinct: int = field(init=False)
-    _settled: int = field(init=False, default=0)
     _turns: Turns | None = field(init=False, default=None)
     _own_time: OwnTime = field(init=False)
 
@@ -102,9 +94,8 @@ class Shard:
         config = self.config
         owned = range(self.number, config.devices, self.shards)
         self._devices = [FleetDevice(number, self) for number in owned]
-        self.table = result.allocate(self.schedule, self.workload.rows)
-        self._column = _views(self.table)
-        self._answered = [[0, 0] for _ in range(int(config.duration_s + config.timeout_s) + 2)]
+        self._book = Book(self.schedule, self.workload.rows, config)
+        self.counters = self._book.counters
         self._random = random.Random(config.seed * self.shards + self.number)
         self._timers = Timers(self.clock, self.on_crash)
         self._streams = Streams(
@@ -123,10 +114,8 @@ class Shard:
         if self.schedule.closed is not None:
             law = self.schedule.closed
             self._turns = Turns(law, config, self._timers, self.clock, self)
-        self._rows = len(self.table)
         self._distinct = max(1, self.schedule.distinct)
         self._charge()
-        self._window_s = config.duration_s
         self._done = asyncio.get_running_loop().create_future()
 
     def _charge(self) -> None:
@@ -141,7 +130,7 @@ class Shard:
             device.profile = place
             device.times = profiles[place].times
             device.traffic = None if link is None else Traffic(link, seed)
-        self._column["profile"][:] = places[self.table["device"] // self.shards]
+        self._book.column["profile"][:] = places[self.table["device"] // self.shards]
 
     # --- streams ------------------------------------------------------------------------------
 
@@ -194,7 +183,7 @@ class Shard:
         """Send every inference when it is due, counted from ``start_s``; return when all ended."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._on_loop_error)
-        self._start_s = start_s
+        self._book.start_s = start_s
         await asyncio.sleep(max(0.0, start_s - self.clock()))
         self._start_cpu_s = time.process_time()
         self._streams.start(start_s)
@@ -217,84 +206,71 @@ class Shard:
             if self.offline is not None:
                 await self.offline.close()
         return ShardResult(
-            self._due(),
-            np.array(self._answered, np.int64),
+            self._book.due(),
+            self._book.answered(),
             self.counters,
             cpu_s,
             self._busy_ratio,
-            self._window_s,
+            self._book.window_s,
             elapsed_s,
             None if self.offline is None else self.offline.traffic(),
         )
-
-    def _due(self) -> result.Table:
-        """The rows of what fell due."""
-        if self._turns is None:
-            return self.table[: np.searchsorted(self.schedule.due_s, self._window_s, side="left")]
-        table = self.table[: self._rows]
-        return table[table["scheduled_s"] < self._window_s]
 
     def stop(self) -> None:
         """Interrupt the run: nothing more falls due, what is under way is given up."""
         if self._done.done():
             return
-        if np.isfinite(self._start_s):
-            self._window_s = min(self._window_s, max(0.0, self.clock() - self._start_s))
+        if np.isfinite(self._book.start_s):
+            self._book.window_s = min(
+                self._book.window_s, max(0.0, self.clock() - self._book.start_s)
+            )
         for flight in list(self._deadlines):
             if flight.inference is not None:
                 self._end(flight, result.STOPPED)
         if self._next < len(self.schedule):
-            due = int(np.searchsorted(self.schedule.due_s, self._window_s, side="left"))
-            self._column["status"][self._next : due] = result.STOPPED
+            due = int(np.searchsorted(self.schedule.due_s, self._book.window_s, side="left"))
+            self._book.column["status"][self._next : due] = result.STOPPED
             self._next = len(self.schedule)
             self._measure_cpu()
         if self._turns is not None:
-            self._column["status"][self._turns.stop()] = result.STOPPED
-            if self._window_s < self.config.duration_s:
+            self._book.column["status"][self._turns.stop()] = result.STOPPED
+            if self._book.window_s < self.config.duration_s:
                 self._measure_cpu()
         self._finish_if_over()
 
     def _measure_cpu(self) -> None:
         cpu_s = time.process_time() - self._start_cpu_s
-        self._busy_ratio = cpu_s / max(1e-9, self.clock() - self._start_s)
+        self._busy_ratio = cpu_s / max(1e-9, self.clock() - self._book.start_s)
 
     def progress(self) -> Progress:
         """Say what was done so far; hands over the latencies since the last call."""
-        latencies_s, self._latencies_s = self._latencies_s, []
-        started = self.clock() >= self._start_s
+        started = self.clock() >= self._book.start_s
         return Progress(
             self.number,
-            max(0.0, self.clock() - self._start_s) if started else 0.0,
+            max(0.0, self.clock() - self._book.start_s) if started else 0.0,
             self._streams.connected,
             self._under_way,
             self.counters,
-            latencies_s,
+            self._book.take_latencies(),
             time.process_time() - self._start_cpu_s if started else 0.0,
             self._settle(),
         )
 
     def _settle(self) -> Settled:
         """Tell of the rows up to the oldest inference under way, since the last call."""
-        if self.schedule.closed is not None:  # nobody knows what is due
-            return settled(self.table[:0], 0.0)
-        due_s, end = self.schedule.due_s, self._next
-        for flight in self._deadlines:
-            if flight.inference is not None:
-                end = flight.position
-                break
-        start, self._settled = self._settled, end
-        until_s = float(due_s[end]) if end < len(due_s) else self._window_s
-        return settled(self.table[start:end], until_s)
+        under_way = (flight for flight in self._deadlines if flight.inference is not None)
+        oldest = next(under_way, None)
+        return self._book.settle(self._next if oldest is None else oldest.position)
 
     @property
     def elapsed_s(self) -> float:
         """Since the common start; 0 before it."""
-        return max(0.0, self.clock() - self._start_s)
+        return max(0.0, self.clock() - self._book.start_s)
 
     @property
     def begun(self) -> int:
         """The place of the table from which on no row has begun."""
-        return self._next if self.schedule.closed is None else self._rows
+        return self._next if self.schedule.closed is None else self._book.rows
 
     def on_crash(self, error: Exception) -> None:
         """End the run: the simulator itself failed, and a report would be made up."""
@@ -314,7 +290,7 @@ class Shard:
             if self._next >= len(due_s):
                 self._finish_if_over()
                 return
-            wait_s = self._start_s + due_s[self._next] - self.clock()
+            wait_s = self._book.start_s + due_s[self._next] - self.clock()
             if wait_s > 0:
                 loop.call_later(max(wait_s, TICK_S), self._pump)
                 return
@@ -325,8 +301,8 @@ class Shard:
         loop.call_soon(self._pump)
 
     def _begin(self, position: int) -> None:
-        column, config = self._column, self.config
-        due_s = self._start_s + float(column["scheduled_s"][position])
+        column, config = self._book.column, self.config
+        due_s = self._book.start_s + float(column["scheduled_s"][position])
         index = int(column["index"][position])
         device = self._devices[int(column["device"][position]) // self.shards]
         flight = Flight(position, index, device, due_s + config.timeout_s)
@@ -358,12 +334,12 @@ class Shard:
             return
         if flight.inference is not None:
             # The wait was operator B's, and is no lag of the generator's; what was before it is.
-            lag_s = float(self._column["lag_s"][flight.position])
+            lag_s = float(self._book.column["lag_s"][flight.position])
             self._ask_first(flight, flight.inference, self.clock())
-            self._column["lag_s"][flight.position] += lag_s
+            self._book.column["lag_s"][flight.position] += lag_s
 
     def _ask_first(self, flight: Flight, inference: Inference, due_s: float) -> None:
-        column, position, device = self._column, flight.position, flight.device
+        column, position, device = self._book.column, flight.position, flight.device
         stages = self.workload.stages
         if stages is not None:
             stages.clear()
@@ -384,8 +360,7 @@ class Shard:
         begun_s = self.clock()
         left_s = flight.deadline_s - (begun_s if at_s is None else at_s)
         flight.block = block = question.block
-        # Of one width, so that cloud and fleet meet few layouts of messages.
-        flight.request_id = f"{self._nonce}-{flight.position:08x}-{block:x}"
+        flight.request_id = self._book.request_id(flight.position, block)
         flight.sent = False
         flight.status = 0
         if isinstance(question, Sealed):
@@ -413,7 +388,7 @@ class Shard:
         if device.transport is None:
             device.waiting.append(flight)
             return
-        position, column = flight.position, self._column
+        position, column = flight.position, self._book.column
         if flight.status:
             flight.attempts += 1
             column["retries"][position] += 1
@@ -421,7 +396,7 @@ class Shard:
         elif flight.moved:
             self.counters.moved += 1
         elif flight.block == 0:
-            column["sent_s"][position] = self.clock() - self._start_s
+            column["sent_s"][position] = self.clock() - self._book.start_s
         flight.sent = True
         flight.sent_s = self.clock()
         flight.moved = False
@@ -442,13 +417,13 @@ class Shard:
             return
         flight = self._flights.get(response.request_id)
         if flight is None:
-            self._count_stray(response.request_id)
+            self._book.count_stray(response.request_id)
             return
         if flight.device is not device:
             self.counters.misrouted += 1
             return
         del self._flights[response.request_id]
-        self._column["bytes_down"][flight.position] += len(body)
+        self._book.column["bytes_down"][flight.position] += len(body)
         if device.times is None:
             self._react(flight, response, 0.0)
             return
@@ -476,7 +451,7 @@ class Shard:
             self._end(flight, response.status)
 
     def _answer(self, flight: Flight, response: wire.Response, at_s: float) -> None:
-        position, column, inference = flight.position, self._column, flight.inference
+        position, column, inference = flight.position, self._book.column, flight.inference
         if inference is None:
             return
         stages, times = self.workload.stages, flight.device.times
@@ -487,7 +462,7 @@ class Shard:
                 raise AnswerError(f"block {response.block} answered, expected {flight.block}")
             question = inference.send(response)
         except StopIteration as end:
-            self._count_answer(position, response)
+            self._book.count_answer(position, response, self.clock())
             column["correct"][position] = end.value.correct
             column["correct_local"][position] = end.value.correct_local
             status = result.WRONG if end.value.wrong else result.OK
@@ -504,7 +479,7 @@ class Shard:
             else:
                 self._own_time.wait(flight, at_s, self._end, flight, result.ANSWER, at_s)
             return
-        self._count_answer(position, response)
+        self._book.count_answer(position, response, self.clock())
         if stages is not None or times is not None:
             at_s = self._restored_s(flight, at_s, last=False)
         if times is not None:
@@ -517,7 +492,7 @@ class Shard:
 
     def _restored_s(self, flight: Flight, at_s: float, *, last: bool) -> float:
         """Book de-mixing, and the head after the last round; return when they are done."""
-        stages, times, column = self.stages, flight.device.times, self._column
+        stages, times, column = self.stages, flight.device.times, self._book.column
         demix_s, head_s = (0.0, 0.0) if stages is None else (stages.demix_s, stages.head_s)
         if times is not None and times.demix_s is not None:
             demix_s = times.demix_s
@@ -528,37 +503,6 @@ class Shard:
             column["head_s"][flight.position] = head_s
             return at_s + demix_s + head_s
         return at_s + demix_s
-
-    def _count_answer(self, position: int, response: wire.Response) -> None:
-        column, counters, rows = self._column, self.counters, len(response.features)
-        column["rounds"][position] += 1
-        column["queue_s"][position] += response.queue_s
-        column["compute_s"][position] += response.compute_s
-        column["batch_rows"][position] += response.batch_rows
-        elapsed_s = self.clock() - self._start_s
-        answered = self._answered[min(int(elapsed_s), len(self._answered) - 1)]
-        answered[0] += 1
-        answered[1] += rows
-        counters.requests_ok += 1
-        if elapsed_s < self._window_s:
-            counters.requests_in_window += 1
-            counters.rows_in_window += rows
-
-    def _count_stray(self, request_id: str) -> None:
-        """An answer that nobody waits for: why?"""
-        parts = request_id.split("-")
-        if len(parts) != 3 or parts[0] != self._nonce:
-            self.counters.unmatched += 1
-            return
-        try:
-            status = self._column["status"][int(parts[1], 16)]
-        except (ValueError, IndexError):
-            self.counters.unmatched += 1
-            return
-        if status in (result.TIMEOUT, result.CANCELLED, result.STOPPED):
-            self.counters.late += 1
-        else:
-            self.counters.duplicates += 1
 
     # --- failures -----------------------------------------------------------------------------
 
@@ -615,7 +559,7 @@ class Shard:
             return result.TIMEOUT
         if flight.status:
             return flight.status
-        never = np.isnan(self._column["sent_s"][flight.position])
+        never = np.isnan(self._book.column["sent_s"][flight.position])
         return result.UNSENT if never else result.CONNECTION
 
     def _cancel(self, flight: Flight) -> None:
@@ -628,16 +572,7 @@ class Shard:
             return
         flight.ended = True
         position, device = flight.position, flight.device
-        done_s = (self.clock() if at_s is None else at_s) - self._start_s
-        self._column["done_s"][position] = done_s
-        self._column["status"][position] = status
-        if status == result.OK:
-            self.counters.ok += 1
-            self._latencies_s.append(done_s - float(self._column["scheduled_s"][position]))
-        elif status == result.CANCELLED:
-            self.counters.cancelled += 1
-        else:
-            self.counters.failed += 1
+        done_s = self._book.end(position, status, self.clock() if at_s is None else at_s)
         self._flights.pop(flight.request_id, None)
         device.flights.discard(flight)
         if flight.inference is not None:
@@ -661,7 +596,12 @@ class Shard:
     @property
     def column(self) -> dict[str, Any]:
         """The table's columns, as long as the table does not grow."""
-        return self._column
+        return self._book.column
+
+    @property
+    def table(self) -> result.Table:
+        """A row per inference, some of them owed by nobody yet."""
+        return self._book.table
 
     @property
     def stages(self) -> Stages | None:
@@ -682,33 +622,19 @@ class Shard:
 
     def add_row(self, device: FleetDevice, due_s: float) -> int:
         """Make a row for what a device owes next; return its position."""
-        if self._rows == len(self.table):
-            self.table = result.grow(self.table)
-            self._column = _views(self.table)
-        position, self._rows = self._rows, self._rows + 1
-        column = self._column
-        column["index"][position] = device.turns * self.config.devices + device.number
-        column["device"][position] = device.number
-        column["scheduled_s"][position] = due_s
-        column["profile"][position] = device.profile
-        return position
+        return self._book.add(device, due_s)
 
     def move_row(self, position: int, due_s: float) -> None:
         """Let a row fall due at another time, or never at infinity."""
-        self._column["scheduled_s"][position] = due_s
+        self._book.column["scheduled_s"][position] = due_s
 
     def owner(self, position: int) -> FleetDevice:
         """The device that owes a row."""
-        return self._devices[int(self._column["device"][position]) // self.shards]
+        return self._devices[int(self._book.column["device"][position]) // self.shards]
 
     def on_nothing_due(self) -> None:
         """A row fell away; maybe it was the last."""
         self._finish_if_over()
-
-
-def _views(table: result.Table) -> dict[str, Any]:
-    """Each column; writing through a view of one costs half of writing through the row."""
-    return {name: table[name] for name in result.COLUMNS.names or ()}
 
 
 def _is_retryable(status: int) -> bool:
