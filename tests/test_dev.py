@@ -23,7 +23,7 @@ TOOLS = [
     "mv",
     "mkdir",
 ]
-TOOLS += ["chmod", "sleep", "bash", "mktemp"]
+TOOLS += ["chmod", "sleep", "bash", "mktemp", "cp", "sed", "grep"]
 
 # Stands in for every python: says yes to the version check and "makes" a venv whose python is
 # itself. Each pip install leaves a line when it starts and one when it ends.
@@ -40,6 +40,10 @@ case "$*" in
     printf '#!/bin/sh\\necho "datamix $*"\\n' >"${0%/*}/datamix"
     chmod +x "${0%/*}/datamix"
     echo "end $FAKE_NAME" >>"$FAKE_LOG"
+    ;;
+"-m piptools compile "*)
+    while [ "$1" != --output-file ]; do shift; done
+    printf "$FAKE_LOCK" >"$2"
     ;;
 *) echo "python $*" ;;
 esac
@@ -129,6 +133,22 @@ def test_installs_again_when_the_pins_change(house: House, name: str) -> None:
     (house.root / name).write_text("# other pins\n")
     assert house.run("demo", FAKE_NAME="b")[0] == 0
     assert house.installs() == ["start a", "end a", "start b", "end b"]
+
+
+LOCK = "a==1\n    # via b\ndatamix-cluster @ file:///here\n    # via\n    #   us\ntorch==2.13.0%s\n"
+
+
+def test_lock_writes_what_fits_every_machine(house: House) -> None:
+    code, _, err = house.run("lock", FAKE_LOCK=LOCK % "+cpu")
+    assert code == 0, err
+    assert (house.root / "constraints.txt").read_text() == "a==1\n    # via b\ntorch==2.13.0\n"
+
+
+def test_lock_changes_nothing_where_it_refuses(house: House) -> None:
+    code, _, err = house.run("lock", FAKE_LOCK=LOCK % "\nnvidia-cublas==13.0")
+    assert code == 1
+    assert "lock with torch's CPU build" in sentence(err)
+    assert (house.root / "constraints.txt").read_text() == "# pins\n"
 
 
 def test_no_command_is_a_usage_error(house: House) -> None:
