@@ -179,6 +179,29 @@ def test_progress_says_how_far_who_leads_and_how_long(tmp_path: Path) -> None:
     assert "width=32 rounds=3, about 0:00:00 left" in lines[-1]
 
 
+def test_the_time_that_is_left_counts_down_while_a_training_runs(tmp_path: Path) -> None:
+    lines: list[str] = []
+    now_s = [1000.0]
+
+    def slowly(trials: Sequence[Trial], tick: Tick) -> Generator[Outcome, None, None]:
+        for trial in trials:
+            tick()
+            now_s[0] += 7.0
+            tick()
+            now_s[0] += 60.0  # longer than planned: never below zero
+            tick()
+            yield from run_here(known, [trial])
+
+    grid = SearchSpace("fake", (("width", (1, 2)),))
+    within, refused = afford(grid, DeviceBudget(), fake_cost)
+    with Journal(tmp_path / "t", {"data": "fake"}) as journal:
+        race = Race(Halving(10.0, 1, 2), 0, slowly, journal, clock=lambda: now_s[0])
+        race.report = lines.append
+        race.result(within, refused)
+    left = [line.rsplit("about ")[1] for line in lines[:3]]
+    assert left == ["0:00:20 left", "0:00:13 left", "0:00:00 left"]
+
+
 def test_the_pace_is_that_of_finished_trials() -> None:
     pace = Pace()
     assert pace.wall_s(100, 2) == 50

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -135,6 +136,7 @@ class Race:
         label: a candidate's name in progress lines.
         report: gets the progress lines.
         jobs: trials that ``run`` runs at a time; for the time that is left.
+        clock: seconds; for the same.
     """
 
     halving: Halving
@@ -144,6 +146,7 @@ class Race:
     label: Callable[[Candidate], str] = str
     report: Report = print
     jobs: int = 1
+    clock: Callable[[], float] = time.monotonic
     failed: list[Outcome] = field(default_factory=list)
     _pace: Pace = field(default_factory=lambda: Pace())
 
@@ -191,18 +194,20 @@ class Race:
             )
             missing = len(trials) - len(done) - failures
             left_s = self._pace.wall_s(missing * rung.seconds + later_s, self.jobs)
+            left_s = max(0.0, left_s - (self.clock() - since_s))
             self.report(
                 f"rung {number}/{len(plan)}, {rung.seconds:g} CPU s each:"
                 f" {len(done)} of {len(trials)} trained, {best}about {_clock(left_s)} left"
             )
 
-        failures = 0
+        failures, since_s = 0, self.clock()
         if done:
             tell()
         with contextlib.closing(self.run(todo, tell)) as outcomes:
             for outcome in outcomes:
                 self.journal.add(outcome)
                 self._pace.add(outcome)
+                since_s = self.clock()
                 if outcome.measured is None:
                     failures += 1
                     self.failed.append(outcome)
