@@ -313,7 +313,11 @@ def clocks(facts: Facts) -> Finding:
         for node in facts["nodes"]
         if node["facts"] is not None
     }
-    bad = [f"{name} is off by {seconds:.1f} s" for name, seconds in off.items() if seconds > 1]
+    bad = [
+        f"{name} is off by {seconds:.1f} s"
+        for name, seconds in off.items()
+        if seconds > CLOCK_WARN_S
+    ]
     worst = max(off.values(), default=0.0)
     status: Status = "fail" if worst > CLOCK_FAIL_S else "warn"
     return verdict(bad, f"within {max(0.1, worst):.1f} s of this machine's", status)
